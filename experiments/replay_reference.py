@@ -1,0 +1,246 @@
+"""How closely our scene reproduces recorded upstream rollouts: `python experiments/replay_reference.py DIR...`
+
+Each DIR is one recording (meta.json, arrays.npz, frame_*.png, overlay.png) or a folder of them. Every recording of a
+task we have is replayed twice: open loop from its first state, and with the state set back to the recording every
+`--resync` steps (the controller's plan is recomputed from the recorded states, so nothing is lost at the seam).
+Pictures are compared with the scene put into the recorded state, so that they measure the renderer alone.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sapien
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from envs.simpler import SimplerEnv
+from envs.tasks import BY_NAME, get_task
+
+CONTACT_IMPULSE = 1e-6  # N s in one physics step
+
+
+@dataclass
+class Recording:
+    """One upstream rollout of T control steps."""
+
+    name: str
+    folder: Path
+    meta: dict
+    arrays: dict[str, np.ndarray]
+
+    def state(self, t: int) -> dict:
+        names = self.meta["joint_names"]
+        objects = [k for k in self.arrays if k.startswith("obj/") and k != "obj/art_obj"]
+        return {
+            "qpos": dict(zip(names, self.arrays["qpos"][t])),
+            "qvel": dict(zip(names, self.arrays["qvel"][t])),
+            "drawers": dict(zip(self.meta["drawer_joints"], self.arrays["drawer"][t])),
+            "object_pose": self.arrays[objects[0]][t] if objects else None,
+        }
+
+    def tcp(self, t):  # (3,) m, world
+        return self.arrays["tcp"][t, :3]
+
+    def drawer(self, t):  # m
+        return self.arrays["drawer"][t, self.meta["drawer_joints"].index(f"{self.meta['drawer_id']}_drawer_joint")]
+
+
+def read_recording(folder: Path) -> Recording:
+    """Raises ValueError naming the file when the recording is incomplete or damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        with np.load(folder / "arrays.npz") as archive:
+            arrays = {key: archive[key] for key in archive.files}
+        steps = len(arrays["action"])
+        for key in ("qpos", "qvel", "tcp", "drawer"):
+            if len(arrays[key]) != steps + 1 or not np.isfinite(arrays[key]).all():
+                raise ValueError(f"{key} must hold {steps + 1} finite rows")
+        meta["task"], meta["joint_names"], meta["robot_base"]
+    except (OSError, KeyError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder} is not a complete recording: {error}") from error
+    return Recording(folder.name, folder, meta, arrays)
+
+
+def find_recordings(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder")
+    return [f for path in paths for f in ([path] if (path / "meta.json").exists() else sorted(path.iterdir()))
+            if (f / "meta.json").exists()]
+
+
+def reset_to(env: SimplerEnv, recording: Recording):
+    """Reset with the recording's robot, background and object, then take its exact first state."""
+    base, meta = recording.meta["robot_base"], recording.meta
+    options = {
+        "urdf_version": meta["urdf_version"] or "",
+        "robot_xy": tuple(base[:2]),
+        "robot_yaw": 2 * np.arctan2(base[6], base[3]) - np.pi,
+        "overlay": str(recording.folder / "overlay.png"),
+    }
+    env.reset(seed=0, options=options)
+    env.set_state(**recording.state(0))
+    env.agent.controller.reset()
+
+
+def has_robot_contact(env: SimplerEnv) -> bool:
+    """Whether a robot link pushes against anything in this physics step (itself included)."""
+    links = {link.entity for link in env.agent.body.links}
+    return any(
+        any(body.entity in links for body in contact.bodies)
+        and np.linalg.norm(np.sum([p.impulse for p in contact.points], axis=0)) > CONTACT_IMPULSE
+        for contact in env.scene.px.get_contacts()
+        if contact.points
+    )
+
+
+def control_step(env: SimplerEnv, action) -> bool:
+    """One control step; returns whether the robot touched anything in any of its physics steps."""
+    controller, touched = env.agent.controller, False
+    controller.set_action(action)
+    for _ in range(env._sim_steps_per_control):
+        controller.before_simulation_step()
+        env.scene.px.step()
+        touched = touched or has_robot_contact(env)
+    return touched
+
+
+def errors(env: SimplerEnv, recording: Recording, t: int) -> tuple[float, float, float]:
+    """(TCP, drawer, object) error in mm after t control steps; object NaN where there is none."""
+    tcp = np.linalg.norm(env.agent.controller.tcp.entity_pose.p - recording.tcp(t))
+    drawer = abs(env.drawer_qpos() - recording.drawer(t))
+    pose = recording.state(t)["object_pose"]
+    thing = np.linalg.norm(env.object.pose.p - pose[:3]) if env.object else np.nan
+    return 1000 * tcp, 1000 * drawer, 1000 * thing
+
+
+def replay(env: SimplerEnv, recording: Recording, resync: int | None = None) -> dict:
+    """Replay the recorded actions. Returns errors (T, 3) mm, touched (T,) bool, success (T,) bool."""
+    reset_to(env, recording)
+    advance_at, rows, touched, success = recording.meta.get("advance_at"), [], [], []
+    controller = env.agent.controller
+    for t, action in enumerate(recording.arrays["action"]):
+        if resync and t and t % resync == 0:
+            reset_controller_chain(env, recording, t)
+        if t == advance_at or (not env.is_final_subtask() and t >= 100):
+            env.advance_to_next_subtask()
+        touched.append(control_step(env, action))
+        rows.append(errors(env, recording, t + 1))
+        success.append(bool(env.evaluate()["success"]))
+    del controller
+    return {"errors": np.array(rows), "touched": np.array(touched), "success": np.array(success)}
+
+
+def reset_controller_chain(env: SimplerEnv, recording: Recording, t: int):
+    """State t of the recording, with the plan the controller would have had there."""
+    controller = env.agent.controller
+    env.set_state(**recording.state(0))
+    controller.reset()
+    for k in range(t):
+        env.set_state(**recording.state(k))
+        controller.set_action(recording.arrays["action"][k])
+    env.set_state(**recording.state(t))
+
+
+def psnr_db(ours: np.ndarray, theirs: np.ndarray) -> float:
+    error = np.mean((ours.astype(np.float64) - theirs) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+
+
+def compare_frames(env: SimplerEnv, recording: Recording) -> dict[int, float]:
+    """PSNR (dB) of every recorded frame against ours in the recorded state."""
+    reset_to(env, recording)
+    result = {}
+    for path in sorted(recording.folder.glob("frame_*.png")):
+        t = int(path.stem.split("_")[1])
+        try:
+            theirs = np.asarray(Image.open(path).convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{path} is not a readable picture: {error}") from error
+        env.set_state(**recording.state(t))
+        result[t] = psnr_db(env.render_picture()[0], theirs)
+    return result
+
+
+def report(recording: Recording, free: dict, synced: dict, frames: dict[int, float]) -> dict:
+    contact = np.flatnonzero(free["touched"])
+    first = int(contact[0]) if len(contact) else len(free["touched"])
+    phase = synced["errors"][first:] if first < len(synced["errors"]) else synced["errors"]
+    last = free["errors"][-1]
+    return {
+        "episode": recording.name,
+        "steps": len(free["touched"]),
+        "first_contact": first if len(contact) else None,
+        "free_tcp_mm_max": float(free["errors"][:first, 0].max()) if first else 0.0,
+        "tcp_mm_final": float(last[0]),
+        "drawer_mm_final": float(last[1]),
+        "drawer_m_final": [float(recording.drawer(-1) + 0), float(recording.drawer(-1))],
+        "object_mm_final": None if np.isnan(last[2]) else float(last[2]),
+        "resync_tcp_mm_median": float(np.median(phase[:, 0])),
+        "resync_object_mm_median": None if np.isnan(last[2]) else float(np.median(phase[:, 2])),
+        "resync_object_mm_max": None if np.isnan(last[2]) else float(phase[:, 2].max()),
+        "success": bool(free["success"][-1]),
+        "recorded_success": bool(recording.arrays["success"][-1]),
+        "psnr_reset_db": frames.get(0),
+        "psnr_db": frames,
+        "tcp_mm": [round(float(e), 3) for e in free["errors"][:, 0]],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    golden = os.environ.get("SIMPLER_GOLDEN_DIR")
+    parser.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="recordings (default: $SIMPLER_GOLDEN_DIR)")
+    parser.add_argument("--resync", type=int, default=10, help="steps between resets to the recording (default 10)")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    arguments = parser.parse_args()
+    paths = arguments.dirs or ([Path(golden)] if golden else [])
+    if not paths:
+        parser.error("name a folder of recordings, or set SIMPLER_GOLDEN_DIR")
+    console = Console(stderr=True)
+    try:
+        recordings = [read_recording(folder) for folder in find_recordings(paths)]
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    skipped = [r.name for r in recordings if r.meta["task"] not in BY_NAME]
+    recordings = [r for r in recordings if r.meta["task"] in BY_NAME]
+    if skipped:
+        console.print(f"not our tasks yet, skipped: {', '.join(skipped)}")
+    if not recordings:
+        sys.exit("error: no recording of a known task found")
+
+    results, env = [], None
+    for recording in track(recordings, "replaying", console=console):
+        if env is None or env.task != get_task(recording.meta["task"]):
+            env = SimplerEnv(recording.meta["task"], width=640, height=512)
+        free = replay(env, recording)
+        synced = replay(env, recording, arguments.resync)
+        results.append(report(recording, free, synced, compare_frames(env, recording)))
+
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+        return
+    table = Table(title=f"errors in mm; resync every {arguments.resync} steps")
+    columns = ("first_contact", "free_tcp_mm_max", "tcp_mm_final", "resync_tcp_mm_median", "resync_object_mm_max",
+               "drawer_mm_final", "object_mm_final", "success", "recorded_success", "psnr_reset_db")  # fmt: skip
+    for column in ("episode", *columns):
+        table.add_column(column.replace("_", " "))
+    for r in results:
+        table.add_row(r["episode"].replace("google_robot_", ""),
+                      *(f"{r[c]:.2f}" if isinstance(r[c], float) else str(r[c]) for c in columns))  # fmt: skip
+    Console(width=200).print(table)
+    for r in results:
+        every = ", ".join(f"{t}: {r['tcp_mm'][t]:.2f}" for t in range(0, r["steps"], 10))
+        pictures = ", ".join(f"{t}: {db:.1f}" for t, db in r["psnr_db"].items())
+        print(f"{r['episode']}\n  TCP error mm at step {every}\n  PSNR dB of frame {pictures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Trained models turned into actions."""

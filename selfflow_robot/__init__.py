@@ -1,0 +1,1 @@
+"""Self-Flow video world models that act: the method. Tensors only; knows no simulator."""
