@@ -1,4 +1,4 @@
-"""The worlds: SIMPLER's Google-robot tasks on ManiSkill 3. Importing this registers `simpler/<task>-v0` with gymnasium."""
+"""The worlds: SIMPLER's Google-robot tasks on ManiSkill 3. Registers `simpler/<task>-v0` with gymnasium."""
 
 import gymnasium as gym
 

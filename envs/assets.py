@@ -1,6 +1,7 @@
 """Where SIMPLER's assets are, and whether they are whole.
 
-`SIMPLER_ASSET_DIR`, else the user cache, else (on `make setup`) a pinned checkout of the public repository into that cache.
+`SIMPLER_ASSET_DIR`, else the user cache, else (on `make setup`) a pinned checkout of the public repository into that
+cache. `make setup` also links a tree it was given into the cache, for commands typed without the variable.
 `assets.json` lists size and SHA-256 of every file our tasks need: sizes are checked on each load, hashes by the doctor.
 Standard library only, so that `python envs/assets.py` works before anything else is installed:
 
@@ -64,7 +65,7 @@ def asset(relative: str) -> Path:
     expected = read_manifest().get(relative, {}).get("size")
     size = path.stat().st_size
     if size == 0 or expected not in (None, size):
-        raise ValueError(f"SIMPLER asset {path} has {size} bytes, expected {expected or 'some'}; {_repair(path)}")
+        raise ValueError(f"SIMPLER asset {path} has {size} bytes, expected {expected or 'some'}; {repair()}")
     return path
 
 
@@ -99,7 +100,9 @@ def download_assets(dest: Path, repository: str = REPOSITORY, commit: str = COMM
         if damaged := damaged_files(tree, hashes=True):
             raise RuntimeError(f"{repository} at {commit} is not what we expect: " + "; ".join(damaged[:5]))
         shutil.rmtree(tree / ".git")
-        if dest.exists():
+        if dest.is_symlink():
+            dest.unlink()
+        elif dest.exists():
             os.replace(dest, Path(folder) / "old")
         os.replace(tree, dest)
     _require_whole.cache_clear()
@@ -140,10 +143,11 @@ def _find_root() -> Path:
 def _require_whole(root: Path) -> None:
     if damaged := damaged_files(root):
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        raise ValueError(f"SIMPLER assets in {root}: {damaged[0]}{more}; {_repair(root)}")
+        raise ValueError(f"SIMPLER assets in {root}: {damaged[0]}{more}; {repair()}")
 
 
-def _repair(path: Path) -> str:
+def repair() -> str:
+    """What the user can do about a damaged file."""
     if os.environ.get("SIMPLER_ASSET_DIR"):
         return "restore the file, or unset SIMPLER_ASSET_DIR and run `make setup`"
     return "run `make setup` to download it again"
@@ -189,16 +193,20 @@ def _git(*arguments: str) -> None:
 
 def _ensure() -> Path:
     """The verified assets, downloaded if neither the variable nor the cache has them."""
+    cached = user_cache() / "simpler_assets"
     try:
         root = asset_root()
-        damaged = damaged_files(root, hashes=True)
-        if damaged:
-            raise ValueError(f"SIMPLER assets in {root}: {damaged[0]}; {_repair(root)}")
+        if damaged := damaged_files(root, hashes=True):
+            raise ValueError(f"SIMPLER assets in {root}: {damaged[0]}; {repair()}")
     except (FileNotFoundError, ValueError):
         if os.environ.get("SIMPLER_ASSET_DIR"):
             raise  # the user's own tree is never replaced
         print(f"Downloading SIMPLER assets from {REPOSITORY} ...", flush=True)
-        root = download_assets(user_cache() / "simpler_assets")
+        return download_assets(cached)
+    if not cached.is_dir():  # so that commands typed later, without the variable, find the tree too
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.unlink(missing_ok=True)
+        cached.symlink_to(root)
     return root
 
 

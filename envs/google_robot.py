@@ -8,6 +8,7 @@ recorded rollout can be re-entered at any step (`experiments/replay_reference.py
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import sapien
@@ -68,6 +69,10 @@ FINGER_SMALL_ACTION = 1e-3  # rad: below it the previous target is kept
 # that contact into a push on the wrist, so finger-finger collisions are filtered and the drive stops here instead.
 FINGER_CLOSED = 1.0735  # rad
 
+# PhysX 5 needs more iterations than PhysX 4 to balance a grasp, a loop of contacts through one articulation: with 25
+# the closed gripper pushes its own wrist aside by centimetres; 100 bring it to the recordings (LOG.md, 2026-11-21).
+SOLVER_ITERATIONS, GRASP_SOLVER_ITERATIONS = 25, 100
+
 _SKIN = dict(restitution=0.0)
 MATERIALS = {
     "finger": dict(static_friction=2.0, dynamic_friction=2.0, **_SKIN),
@@ -113,7 +118,7 @@ def by_plain_name(items) -> dict:
 
 
 class GoogleRobotController(BaseController):
-    """Upstream's `arm_pd_ee_delta_pose_align_interpolate_by_planner_gripper_pd_joint_target_delta_pos_interpolate_by_planner`.
+    """Upstream's `arm_pd_ee_delta_pose_align_..._gripper_pd_joint_target_delta_pos_interpolate_by_planner`.
 
     Action (7,): [dx, dy, dz (m), rotation vector (rad), gripper in [-1, 1]: +1 closes, -1 opens], base frame, relative
     to the sensed TCP pose. Only the gripper is clipped.
@@ -140,6 +145,7 @@ class GoogleRobotController(BaseController):
         links = by_plain_name(self.robot.links)
         self.tcp, self.tcp_index = links["link_gripper_tcp"], list(links).index("link_gripper_tcp")
         self.kinematics = self.robot.create_pinocchio_model()
+        self.finger_bodies = [links[name] for name in FINGER_LINKS]
         self.mask = np.zeros(len(self.names), dtype=np.int32)
         self.mask[self.arm] = 1
 
@@ -184,6 +190,17 @@ class GoogleRobotController(BaseController):
         self.finger_speed = np.where(self.finger_path < FINGER_CLOSED, self.finger_speed, 0.0)
         self.finger_path = np.minimum(self.finger_path, FINGER_CLOSED)
         self.substep = 0
+        self.robot.set_solver_position_iterations(
+            GRASP_SOLVER_ITERATIONS if self._touches_object() else SOLVER_ITERATIONS
+        )
+
+    def _touches_object(self) -> bool:
+        """Whether a finger touched something loose in the last physics step."""
+        return any(
+            any(body in self.finger_bodies for body in contact.bodies)
+            and any(isinstance(body, sapien.physx.PhysxRigidDynamicComponent) for body in contact.bodies)
+            for contact in self.articulation.px.get_contacts()
+        )
 
     def before_simulation_step(self):
         self.substep = k = min(self.substep + 1, self._sim_steps)
@@ -208,7 +225,7 @@ class GoogleRobot(BaseAgent):
     """`google_robot_static`: fixed base, 11 active joints addressed by name (SAPIEN 3 orders them breadth first)."""
 
     uid = "simpler_google_robot"
-    urdf_config = dict(_materials=MATERIALS, link=LINKS)
+    urdf_config: ClassVar = dict(_materials=MATERIALS, link=LINKS)
     load_multiple_collisions = True
     urdf_version = ""
 

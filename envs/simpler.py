@@ -16,8 +16,17 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from envs.assets import asset
-from envs.google_robot import BASE_HEIGHT, CONTROL_FREQ, FINGER_RANGE, SIM_FREQ, URDF_VERSIONS, GoogleRobot, by_plain_name
-from envs.google_robot import contact_impulse as impulse_between
+from envs.google_robot import (
+    BASE_HEIGHT,
+    CONTROL_FREQ,
+    FINGER_RANGE,
+    SIM_FREQ,
+    SOLVER_ITERATIONS,
+    URDF_VERSIONS,
+    GoogleRobot,
+    by_plain_name,
+    contact_impulse,
+)
 from envs.tasks import OVERLAY, POSES, get_task, next_episode_seed
 from selfflow_robot.interfaces import PROPRIO_DIM, Observation
 
@@ -25,6 +34,7 @@ CABINET = "data/custom/mk_station_recolor.urdf"
 CABINET_POSE = sapien.Pose([-0.295, 0, 0.017])
 MODELS = "data/custom/models/"
 DROP_HEIGHT = 0.87 + 0.5  # m, spec 3.0
+SOLVER_VELOCITY_ITERATIONS = 4
 OPEN_QPOS, CLOSED_QPOS, PLACED_QPOS, CLOSE_START = 0.15, 0.05, 0.05, 0.2  # m, success thresholds and start
 FORCED_ADVANCE = 100  # elapsed steps at which upstream moves on to the second subtask
 INTERIOR_BOTTOM = 2  # index of the drawer's collision shape that counts as "inside"
@@ -46,7 +56,8 @@ class SimplerEnv(BaseEnv):
     Args: task name; width, height of the camera picture; visual-matching overlay on or off; shader "default"
     (rasteriser) or "rt" (ray tracing, needs a GPU). Action: see `GoogleRobotController`.
     `reset(seed=..., options=...)`: the seed draws the episode as upstream would; options fix parts of it:
-    pose ("a0".."c2") or robot_xy (m) and robot_yaw (rad), overlay (pose id or picture path), urdf_version, object_xy (m).
+    pose ("a0".."c2") or robot_xy (m) and robot_yaw (rad), overlay (pose id or picture path), urdf_version,
+    object_xy (m).
     """
 
     SUPPORTED_OBS_MODES = ("rgb", "none")
@@ -66,9 +77,10 @@ class SimplerEnv(BaseEnv):
             control_freq=CONTROL_FREQ,
             scene_config=SceneConfig(
                 contact_offset=self.task.contact_offset,
-                solver_position_iterations=25,
+                solver_position_iterations=SOLVER_ITERATIONS,
+                solver_velocity_iterations=SOLVER_VELOCITY_ITERATIONS,
                 enable_pcm=False,
-                enable_tgs=True,
+                enable_tgs=False,  # PhysX 5's TGS lets grasped objects chatter out of the fingers; PGS is also faster
             ),
             default_materials_config=DefaultMaterialsConfig(1.0, 1.0, 0.0),
         )
@@ -260,18 +272,16 @@ class SimplerEnv(BaseEnv):
         """Impulse (3,) N s between the object and the bottom of the drawer's inside, last physics step."""
         bottom = self.drawer_link.collision_shapes[INTERIOR_BOTTOM]
         relevant = [c for c in contacts if bottom in c.shapes]
-        return impulse_between(relevant, self.object, self.drawer_link.entity)
+        return contact_impulse(relevant, self.object, self.drawer_link.entity)
 
-    def set_state(self, qpos: dict, qvel: dict, drawers: dict, object_pose=None):
-        """Put the scene into a recorded state: {joint: rad or rad/s}, {drawer joint: m}, (7,) xyz wxyz in the world.
-
-        Velocities of drawers and object are not recorded and become zero.
-        """
+    def set_state(self, qpos: dict, qvel: dict, drawers: dict, drawer_speeds: dict | None = None, object_pose=None):
+        """Take over a recorded state: {joint: rad, rad/s}, {drawer joint: m, m/s}, object xyz wxyz (7,) at rest."""
         robot, names = self.agent.body, self.agent.controller.names
         robot.set_qpos(np.array([qpos[n] for n in names], dtype=np.float32))
         robot.set_qvel(np.array([qvel[n] for n in names], dtype=np.float32))
         self.cabinet.set_qpos(np.array([drawers[f"{d}_drawer_joint"] for d in self.drawers], dtype=np.float32))
-        self.cabinet.set_qvel(np.zeros(len(self.drawers), dtype=np.float32))
+        speeds = drawer_speeds or {}
+        self.cabinet.set_qvel(np.array([speeds.get(f"{d}_drawer_joint", 0) for d in self.drawers], dtype=np.float32))
         if self.object:
             self.object.set_pose(sapien.Pose(object_pose[:3], object_pose[3:]))
             self.object_body.linear_velocity = self.object_body.angular_velocity = np.zeros(3, dtype=np.float32)
@@ -294,7 +304,10 @@ class SimplerEnv(BaseEnv):
         return np.array([e.per_scene_id for e in entities + ([self.object] if self.object else [])])
 
     def _get_obs_agent(self):
-        return {"qpos": torch.from_numpy(self.agent.body.qpos)[None], "qvel": torch.from_numpy(self.agent.body.qvel)[None]}
+        return {
+            "qpos": torch.from_numpy(self.agent.body.qpos)[None],
+            "qvel": torch.from_numpy(self.agent.body.qvel)[None],
+        }
 
     def _get_obs_extra(self, info):
         pose = self.agent.controller.tcp.entity_pose
@@ -302,7 +315,9 @@ class SimplerEnv(BaseEnv):
 
     def _get_obs_sensor_data(self, apply_texture_transforms=True):
         rgb, mask = self.render_picture()
-        return {"overhead": {"rgb": torch.from_numpy(rgb)[None], "segmentation": torch.from_numpy(mask)[None, ..., None]}}
+        return {
+            "overhead": {"rgb": torch.from_numpy(rgb)[None], "segmentation": torch.from_numpy(mask)[None, ..., None]}
+        }
 
     def get_state_dict(self):
         return self.scene.get_sim_state()

@@ -84,5 +84,5 @@ def get_task(name: str) -> Task:
 
 
 def next_episode_seed(seed: int) -> int:
-    """The seed upstream's unseeded reset takes after an episode seeded with `seed`; the chain starts at 2022 (spec 0)."""
+    """The seed of upstream's unseeded reset after an episode seeded with `seed`; the chain starts at 2022 (spec 0)."""
     return int(np.random.RandomState(seed).randint(2**32, dtype=np.int64))

@@ -20,10 +20,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from envs.google_robot import CONTROL_FREQ, FINGER_CLOSED, FINGERS
 from envs.simpler import SimplerEnv
 from envs.tasks import BY_NAME, get_task
 
 CONTACT_IMPULSE = 1e-6  # N s in one physics step
+FINGERS_MEET = 2 * FINGER_CLOSED - 0.02  # rad, sum of both
+HELD_MOTION, HELD_SLIP = 0.002, 0.005  # m in one control step: an object moving with the hand is held
 
 
 @dataclass
@@ -37,13 +40,21 @@ class Recording:
 
     def state(self, t: int) -> dict:
         names = self.meta["joint_names"]
+        qvel = dict(zip(names, self.arrays["qvel"][t]))
+        if sum(self.arrays["qpos"][t, names.index(finger)] for finger in FINGERS) > FINGERS_MEET:
+            qvel.update(dict.fromkeys(FINGERS, 0.0))  # +-13 rad/s in the recordings: chatter of finger on finger
         objects = [k for k in self.arrays if k.startswith("obj/") and k != "obj/art_obj"]
         return {
             "qpos": dict(zip(names, self.arrays["qpos"][t])),
-            "qvel": dict(zip(names, self.arrays["qvel"][t])),
+            "qvel": qvel,
             "drawers": dict(zip(self.meta["drawer_joints"], self.arrays["drawer"][t])),
+            "drawer_speeds": dict(zip(self.meta["drawer_joints"], self._drawer_speeds(t))),
             "object_pose": self.arrays[objects[0]][t] if objects else None,
         }
+
+    def _drawer_speeds(self, t):  # (3,) m/s, central difference: velocities of drawers are not recorded
+        before, after = max(t - 1, 0), min(t + 1, len(self.arrays["drawer"]) - 1)
+        return (self.arrays["drawer"][after] - self.arrays["drawer"][before]) * CONTROL_FREQ / max(after - before, 1)
 
     def tcp(self, t):  # (3,) m, world
         return self.arrays["tcp"][t, :3]
@@ -72,8 +83,12 @@ def find_recordings(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(f"{path} is not a folder")
-    return [f for path in paths for f in ([path] if (path / "meta.json").exists() else sorted(path.iterdir()))
-            if (f / "meta.json").exists()]
+    return [
+        f
+        for path in paths
+        for f in ([path] if (path / "meta.json").exists() else sorted(path.iterdir()))
+        if (f / "meta.json").exists()
+    ]
 
 
 def reset_to(env: SimplerEnv, recording: Recording):
@@ -125,21 +140,27 @@ def replay(env: SimplerEnv, recording: Recording, resync: int | None = None) -> 
     """Replay the recorded actions. Returns errors (T, 3) mm, touched (T,) bool, success (T,) bool."""
     reset_to(env, recording)
     advance_at, rows, touched, success = recording.meta.get("advance_at"), [], [], []
-    controller = env.agent.controller
     for t, action in enumerate(recording.arrays["action"]):
         if resync and t and t % resync == 0:
-            reset_controller_chain(env, recording, t)
+            synchronise(env, recording, t)
         if t == advance_at or (not env.is_final_subtask() and t >= 100):
             env.advance_to_next_subtask()
         touched.append(control_step(env, action))
         rows.append(errors(env, recording, t + 1))
         success.append(bool(env.evaluate()["success"]))
-    del controller
-    return {"errors": np.array(rows), "touched": np.array(touched), "success": np.array(success)}
+    return {
+        "drawer": env.drawer_qpos(),
+        "errors": np.array(rows),
+        "touched": np.array(touched),
+        "success": np.array(success),
+    }
 
 
-def reset_controller_chain(env: SimplerEnv, recording: Recording, t: int):
-    """State t of the recording, with the plan the controller would have had there."""
+def synchronise(env: SimplerEnv, recording: Recording, t: int):
+    """State t of the recording, with the plan the controller would have had there.
+
+    The object's velocity is not recorded: where it kept its place in the hand it moves with the hand, else it rests.
+    """
     controller = env.agent.controller
     env.set_state(**recording.state(0))
     controller.reset()
@@ -147,6 +168,15 @@ def reset_controller_chain(env: SimplerEnv, recording: Recording, t: int):
         env.set_state(**recording.state(k))
         controller.set_action(recording.arrays["action"][k])
     env.set_state(**recording.state(t))
+    if env.object:
+        before, now = (sapien.Pose(p[:3], p[3:]) for p in (recording.state(k)["object_pose"] for k in (t - 1, t)))
+        hand_before, hand = (sapien.Pose(p[:3], p[3:]) for p in recording.arrays["tcp"][t - 1 : t + 1])
+        slipped = np.linalg.norm((hand_before.inv() * before).p - (hand.inv() * now).p)
+        if np.linalg.norm(now.p - before.p) > HELD_MOTION and slipped < HELD_SLIP:
+            tcp = controller.tcp
+            turning = np.cross(tcp.angular_velocity, now.p - tcp.entity_pose.p)
+            env.object_body.linear_velocity = tcp.linear_velocity + turning
+            env.object_body.angular_velocity = tcp.angular_velocity
 
 
 def psnr_db(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -181,7 +211,8 @@ def report(recording: Recording, free: dict, synced: dict, frames: dict[int, flo
         "free_tcp_mm_max": float(free["errors"][:first, 0].max()) if first else 0.0,
         "tcp_mm_final": float(last[0]),
         "drawer_mm_final": float(last[1]),
-        "drawer_m_final": [float(recording.drawer(-1) + 0), float(recording.drawer(-1))],
+        "drawer_m_final": free["drawer"],
+        "recorded_drawer_m_final": float(recording.drawer(-1)),
         "object_mm_final": None if np.isnan(last[2]) else float(last[2]),
         "resync_tcp_mm_median": float(np.median(phase[:, 0])),
         "resync_object_mm_median": None if np.isnan(last[2]) else float(np.median(phase[:, 2])),
