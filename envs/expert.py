@@ -16,13 +16,15 @@ import sapien
 from scipy.spatial.transform import Rotation
 
 MAX_STEP, MAX_TURN = 0.12, 0.35  # m, rad per control step at speed 1
-GAIN = 1.6  # the arm covers 0.3 to 0.4 of a commanded step within the step
+GAIN = 1.3  # the arm covers 0.3 to 0.4 of a commanded step within the step
 PANEL_TOP = {"top": 0.755, "middle": 0.51, "bottom": 0.265}  # z of the front panel's top edge
 PANEL_HEIGHT, PANEL_BACK, PANEL_FRONT = 0.14, 0.003, 0.018  # m; x of the faces when the drawer is closed
 GAP = np.array([0.01, 0.0525])  # x, z from the panel's top back edge: middle of the gap above it
+STANDOFF = 0.12  # m along the fingers before that middle: where the way in begins
 INSIDE_X = 0.02  # the inside of an open drawer begins here, behind is the cabinet
 COUNTER_Z, COUNTER_X = 0.882, 0.02  # the cabinet's top and its front edge
-HALF_WIDTH = 0.2  # |y| where the hand clears the drawer's sides
+PANEL_HALF_WIDTH = 0.3
+HOOK_HALF_WIDTH = 0.17  # |y| where the hand clears the drawer's sides with margin
 FINGERS_SHUT = 0.3  # opening below which nothing is between the fingers (closed: 0.17)
 FINGERS_ON_OBJECT = 0.62  # opening below which closing fingers have reached the apple
 
@@ -109,11 +111,11 @@ def open_drawer(s: State, edge: float, style: Style) -> Waypoint:
     pitch = style.hook_pitch + 0.3 * ramp(s.drawer, 0.04, 0.1)  # steeper once clear of the counter
     rotation = hook_hand(pitch)
     x, z = s.p[0] - s.drawer - PANEL_BACK, s.p[2] - edge  # from the edge; the fingers are behind the panel at x < 0
-    y = np.clip(s.base.p[1] + style.hook_side, -HALF_WIDTH, HALF_WIDTH)
+    y = np.clip(s.base.p[1] + style.hook_side, -HOOK_HALF_WIDTH, HOOK_HALF_WIDTH)
 
     # Hooked: pull, keeping the depth.
-    if -0.15 < x < -0.01 and z < -0.002 and abs(s.p[1]) < HALF_WIDTH + 0.04:
-        return Waypoint(s.p + [MAX_STEP, 0, -style.hook_depth - z], rotation, 0)
+    if -0.15 < x < -0.01 and z < -0.002 and abs(s.p[1]) < PANEL_HALF_WIDTH:
+        return Waypoint(np.array([s.p[0] + MAX_STEP, y, edge - style.hook_depth]), rotation, 0)
 
     # The way in: a line along the fingers through the middle of the gap above the panel.
     along, across = np.array([-np.cos(pitch), -np.sin(pitch)]), np.array([-np.sin(pitch), np.cos(pitch)])
@@ -127,13 +129,13 @@ def open_drawer(s: State, edge: float, style: Style) -> Waypoint:
     if depth > 0.055 and z < 0.08:
         return Waypoint(np.array([on_line(style.reach_in)[0], s.p[1], edge - style.hook_depth]), rotation, 0)
     # Above the counter, or below the edge: get in front first.
-    front = on_line(-0.1)
+    front = on_line(-STANDOFF)
     if s.p[0] < front[0] - 0.02 and (miss > 0.05 or miss < -0.03):
         return Waypoint(np.array([front[0] + 0.02, s.p[1], max(s.p[2], edge - 0.05)]), rotation, 0)
     # In front or in the gap: go in as far as aligned.
     off = max(abs(miss) / 0.02, abs(s.p[1] - y) / 0.05, angle(s.rotation, rotation) / 0.2)
-    aligned = ramp(off, 1.5, 0.7) * ramp(s.opening, 0.5, 0.25)
-    goal = on_line(mix(-0.1, style.reach_in, aligned))
+    aligned = ramp(off, 1.2, 0.6) * ramp(s.opening, 0.5, 0.25)
+    goal = on_line(mix(-STANDOFF, style.reach_in, aligned))
     return Waypoint(np.array([goal[0], y, goal[1]]), rotation, 0)
 
 
@@ -141,7 +143,7 @@ def close_drawer(s: State, edge: float, style: Style) -> Waypoint:
     """Push the panel with the closed fingers."""
     rotation = hook_hand(style.hook_pitch)
     z = edge - 0.06
-    y = np.clip(s.base.p[1] + style.hook_side, -HALF_WIDTH, HALF_WIDTH)
+    y = np.clip(s.base.p[1] + style.hook_side, -HOOK_HALF_WIDTH, HOOK_HALF_WIDTH)
     front = s.drawer + PANEL_FRONT
     off = max(abs(s.p[2] - z) / 0.05, abs(s.p[1] - y) / 0.1, angle(s.rotation, rotation) / 0.4)
     aligned = ramp(off, 1.3, 0.7)

@@ -1,0 +1,244 @@
+"""Success rate of a policy on a SIMPLER task, in runs/<name>: results.json, one JSON and one H.264 video per episode.
+
+    python experiments/eval_simpler.py --task open_and_place                        the newest fine-tuned run
+    python experiments/eval_simpler.py --task open_and_place --checkpoint runs/finetune_self_flow --episodes 50
+    python experiments/eval_simpler.py --task open_top_drawer --policy expert       or hold: no motion at all
+
+SIMPLER's rule: episodes run to the step limit, success does not end them; `success_final` is success at the last step,
+`success_any` at any step. An episode depends on its seed and the policy alone, not on workers or order. Interrupt it at
+any time: the same command continues with the seeds that are missing.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from envs.protocol import make_protocol, protocol_hash
+from envs.rollout import Demonstrator, Episode, HoldStill, rollout
+from envs.tasks import get_task
+from envs.workers import Workers, progress, write_json
+from selfflow_robot.config import EvalConfig, run
+from selfflow_robot.data import encode_video
+from selfflow_robot.metrics import wilson_interval
+
+POLICIES = ("checkpoint", "expert", "hold")
+VIDEO_HEIGHT, VIDEO_FPS, BAR = 384, 6, 40  # px, twice as fast as the control, px for the words below
+GREEN, RED, GREY = (60, 170, 90), (200, 70, 60), (90, 90, 90)
+
+
+def evaluate(cfg: EvalConfig, start=None) -> dict:
+    """Run what is missing of an evaluation; returns (and writes) its results.
+
+    start(cfg, folder) -> work(seed) runs in the workers. Raises ValueError or WorkerError with the remedy.
+    """
+    task = get_task(cfg.task)
+    if cfg.policy not in POLICIES:
+        raise ValueError(f"unknown policy {cfg.policy!r}; known: {', '.join(POLICIES)}")
+    if cfg.episodes < 1:
+        raise ValueError(f"episodes is {cfg.episodes}; it must be at least 1")
+    identity = identify(cfg)
+    subject = Path(identity["checkpoint"]).name if identity["checkpoint"] else cfg.policy
+    folder = Path("runs") / (cfg.name or f"eval_{subject}_{task.short}")
+    protocol = make_protocol(cfg.task, cfg.first_seed, cfg.episodes, cfg.width, cfg.height)
+    seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
+    if not cfg.resume:
+        shutil.rmtree(folder / "episodes", ignore_errors=True)
+        shutil.rmtree(folder / "videos", ignore_errors=True)
+    elif (folder / "results.json").exists():
+        refuse_other(folder / "results.json", identity, protocol)
+
+    results = {
+        "task": task.short,
+        **identity,
+        "protocol": protocol,
+        "protocol_hash": protocol_hash(protocol),
+        "success_rule": protocol["success_rule"],
+        "command": shlex.join(["python", *sys.argv]),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("torch", "sapien", "mani_skill", "numpy")},
+        "crashed": [],
+    }
+    episodes = read_episodes(folder, seeds)
+
+    def save():  # after every episode: whatever happens next, the file says what is known
+        results["episodes"] = [episodes[seed] for seed in seeds if seed in episodes]
+        results["summary"] = summarize(results["episodes"])
+        write_json(folder / "results.json", results)
+
+    save()
+    if len(episodes) < cfg.episodes:
+        print(f"Evaluating {subject} on {task.short} in {folder}: {len(episodes)} of {cfg.episodes} episodes are there")
+    with (
+        Workers(start or start_evaluating, (cfg, identity["checkpoint"], str(folder)), cfg.workers) as workers,
+        progress("episodes", cfg.episodes) as update,
+    ):
+        for seed in seeds:
+            if seed not in episodes:
+                workers.submit(seed)
+        update(len(episodes), "")
+        for seed, episode in workers.results():
+            if episode is None:
+                results["crashed"].append(seed)
+            else:
+                episodes[seed] = episode
+            save()
+            update(len(episodes), f"success {results['summary']['success_final']['k']}" if episodes else "")
+    print_table(results, folder)
+    return results
+
+
+def identify(cfg: EvalConfig) -> dict:
+    """What is being measured: policy, checkpoint with the hash of its content, settings of the policy."""
+    if cfg.policy != "checkpoint":
+        return {"policy": cfg.policy, "checkpoint": None, "checkpoint_hash": None, "policy_settings": {}}
+    path = find_checkpoint(cfg.checkpoint)
+    return {
+        "policy": "checkpoint",
+        "checkpoint": str(path),
+        "checkpoint_hash": content_hash(path),
+        "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps, "seed": 0},
+    }
+
+
+def refuse_other(path: Path, identity: dict, protocol: dict) -> None:
+    """ValueError if the results at `path` measured something else; other seeds of the same thing are welcome."""
+    remedy = "Choose another --name, or --resume false to start it over."
+    try:
+        found = json.loads(path.read_text())
+        before = {name: found[name] for name in identity} | {"protocol": {**found["protocol"], "seeds": None}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). {remedy}") from error
+    now = {**identity, "protocol": {**protocol, "seeds": None}}
+    before.pop("checkpoint"), now.pop("checkpoint")  # the hash of its content decides, not where it lies
+    changed = [name for name in now if before[name] != now[name]]
+    if changed:
+        name = changed[0]
+        raise ValueError(f"{path} measured another {name}: {before[name]}, now {now[name]}. {remedy}")
+
+
+def start_evaluating(cfg: EvalConfig, checkpoint: str | None, folder: str):
+    """In a worker: build scene and policy, return the function that runs one seed."""
+    from envs import make_env
+    from envs.expert import Expert
+
+    logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # (sic) it warns that there is no GPU
+    env = make_env(cfg.task, width=cfg.width, height=cfg.height)
+    if cfg.policy == "expert":
+
+        def make_policy(seed):
+            return Demonstrator(Expert(env, rng=np.random.default_rng([seed, 0])), np.random.default_rng([seed, 1]))
+
+        return partial(run_episode, env, make_policy, cfg, folder)
+    if cfg.policy == "hold":
+        policy = HoldStill()
+    else:
+        from policies import load_policy
+
+        policy = load_policy(checkpoint, execute=cfg.execute, steps=cfg.sample_steps)
+    return partial(run_episode, env, lambda seed: policy, cfg, folder)
+
+
+def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int) -> dict:
+    """Roll out one seed; write its video, then its record, each at once."""
+    began = datetime.now(timezone.utc)
+    episode = rollout(env, make_policy(seed), seed)
+    record = {
+        "seed": seed,
+        "steps": episode.steps,
+        "success_final": episode.success_final,
+        "success_any": episode.success_any,
+        "subgoals": episode.subgoals,
+        "advance_at": episode.advance_at,
+        "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 1),
+        "video": None,
+    }
+    if cfg.video:
+        record["video"] = f"videos/seed_{seed:06d}.mp4"
+        path = Path(folder) / record["video"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(encode_video(annotate(episode), VIDEO_FPS))
+        os.replace(temporary, path)
+    write_json(Path(folder) / f"episodes/seed_{seed:06d}.json", record)
+    return record
+
+
+def read_episodes(folder: Path, seeds: range) -> dict[int, dict]:
+    """Finished episodes among `seeds`; a file that does not read counts as not finished."""
+    episodes = {}
+    for seed in seeds:
+        try:
+            episode = json.loads((folder / f"episodes/seed_{seed:06d}.json").read_text())
+            if episode["seed"] == seed and {"success_final", "success_any", "subgoals", "steps"} <= set(episode):
+                episodes[seed] = episode
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return episodes
+
+
+def summarize(episodes: list[dict]) -> dict[str, dict]:
+    """{success_final, success_any and each subgoal: {k, n, rate, low, high}}, 95% Wilson intervals."""
+    if not episodes:
+        return {}
+    columns = {name: [e[name] for e in episodes] for name in ("success_final", "success_any")}
+    columns |= {name: [e["subgoals"][name] for e in episodes] for name in episodes[0]["subgoals"]}
+    summary = {}
+    for name, outcomes in columns.items():
+        k, n = sum(outcomes), len(outcomes)
+        low, high = wilson_interval(k, n)
+        summary[name] = {"k": k, "n": n, "rate": k / n, "low": low, "high": high}
+    return summary
+
+
+def annotate(episode: Episode) -> np.ndarray:
+    """Frames enlarged, with instruction and outcome below; the last one stands for a second. uint8 (T + 6, H, W, 3)."""
+    height, width = episode.frames.shape[1:3]
+    scale = max(VIDEO_HEIGHT // height, 1)
+    size = (width * scale // 2 * 2, height * scale // 2 * 2)  # H.264 wants even sides
+    font = ImageFont.load_default(size=15)
+    outcome, color = ("success", GREEN) if episode.success_final else ("failure", RED)
+    goals = ", ".join(f"{name.replace('_', ' ')}: {'yes' if done else 'no'}" for name, done in episode.subgoals.items())
+    pictures = []
+    for t in [*range(episode.steps), *[episode.steps - 1] * VIDEO_FPS]:
+        last = len(pictures) >= episode.steps
+        canvas = Image.new("RGB", (size[0], size[1] + BAR), color if last else GREY)
+        canvas.paste(Image.fromarray(episode.frames[t]).resize(size, Image.Resampling.NEAREST))
+        draw = ImageDraw.Draw(canvas)
+        words = f"{outcome}  ({goals})" if last else episode.instructions[t]
+        draw.text((8, size[1] + 10), words, "white", font)
+        if not last:
+            draw.text((size[0] - 8, size[1] + 10), f"{outcome}   step {t + 1}/{episode.steps}", "white", font, anchor="ra")
+        pictures.append(np.asarray(canvas))
+    return np.array(pictures)
+
+
+def print_table(results: dict, folder: Path) -> None:
+    protocol = results["protocol"]
+    seeds = protocol["seeds"]
+    table = Table("", "k/n", "rate", "95% Wilson interval", title=f"{results['checkpoint'] or results['policy']} on {results['task']}")
+    for name, row in results["summary"].items():
+        table.add_row(name.replace("_", " "), f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}")
+    Console().print(table)
+    print(f"success: {protocol['success']}\nrule: {results['success_rule']}")
+    print(f"seeds {seeds['first']} to {seeds['first'] + seeds['count'] - 1}, protocol {results['protocol_hash']}")
+    if results["crashed"]:
+        print(f"crashed twice and left out: seeds {results['crashed']}; the same command tries them again")
+    print(f"{folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    run(EvalConfig, evaluate)

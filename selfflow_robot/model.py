@@ -1,0 +1,238 @@
+"""The transformer. It sees tokens, their coordinates and one noise level per token; it knows no camera and no robot.
+
+- One input and one output projection per kind of token. Given frames also enter through a small convolution over their
+  pixels: a policy must place objects to about a pixel, finer than the latents' patches resolve.
+- Noise levels -> adaLN modulation, shared by all blocks, plus a learned offset per block (few parameters).
+- Rotary position from (time, row, column, kind), and the same coordinates added to the tokens as Fourier features.
+- Given tokens (the prefix) attend only to each other: their keys and values can be computed once and cached.
+
+B batch, N tokens, P of them prefix, M = N - P, D width, H heads, E = D / H, C channels, T given frames.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfflow_robot.flow import embed_level
+from selfflow_robot.tokens import BYTES_PER_TOKEN, GIVEN, KINDS, Tokens
+
+BYTE_DIM = 32
+LEVEL_DIM = 128
+FREQUENCIES = 8  # per coordinate, in the added position
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    depth: int = 8
+    width: int = 192
+    heads: int = 3
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 8:
+            raise ValueError(f"width {self.width} / heads {self.heads} must be a multiple of 8: rotary has four axes")
+
+
+PRESETS = {
+    "tiny": ModelConfig(),  # 4.5 M parameters: trains in minutes on two cores
+    "small": ModelConfig(depth=12, width=384, heads=6),  # 25 M
+}
+
+Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values of the prefix, (B, H, P, E)
+
+
+def precision(device: torch.device | str):
+    """bf16 where the processor computes in it, else a context that does nothing."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = kind == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+def rotation(ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """ids (N, 4) -> cosines and sines (N, dim / 2): a quarter of the angles per coordinate."""
+    frequencies = 100.0 ** -(torch.arange(dim // 8, device=ids.device) / (dim // 8))
+    angles = (ids[..., None] * frequencies).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, N, H, E), cos and sin (N, E / 2): rotates the pairs (x_i, x_{i + E/2})."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, M, E), k and v (B, H, N, E) -> (B, H, M, E). On the CPU the backward pass of torch's fused kernel takes
+    4 times as long as these two lines, so it is used only where there is none."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(shift.dtype), scale)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, hidden = config.width, config.width * 8 // 3  # SwiGLU with the parameters of a 4 D MLP
+        self.heads = config.heads
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.norm_q = nn.Parameter(torch.ones(D // config.heads))
+        self.norm_k = nn.Parameter(torch.ones(D // config.heads))
+        self.out = nn.Linear(D, D)
+        self.up = nn.Linear(D, 2 * hidden)
+        self.down = nn.Linear(hidden, D)
+        self.offset = nn.Parameter(torch.zeros(6, D))
+
+    def forward(
+        self, x: Tensor, modulation: tuple, rotary: tuple, prefix: int, past: tuple | None, only_rest: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (B, N, D), modulation 6 x (B, N, D) -> x and the prefix's keys and values.
+
+        past: keys and values of a prefix that is not in x (then `prefix` is 0). only_rest: return x without the
+        prefix, whose last queries nobody needs.
+        """
+        offset = self.offset.to(modulation[0].dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (a + b for a, b in zip(modulation, offset))  # (B, N, D)
+        q, k, v = self.qkv(modulate(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, H, E)
+        q, k = (rotate(F.layer_norm(a, a.shape[-1:], g.to(a.dtype)), *rotary) for a, g in ((q, self.norm_q), (k, self.norm_k)))
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, H, N, E)
+        kept = k[:, :, :prefix], v[:, :, :prefix]
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        parts = [attend(q[:, :, :prefix], *kept)] if prefix and not only_rest else []
+        if q.shape[2] > prefix:
+            parts.append(attend(q[:, :, prefix:], k, v))
+        mixed = torch.cat(parts, 2).transpose(1, 2).flatten(2)  # (B, N or M, D)
+        if only_rest:
+            x, gate1, shift2, scale2, gate2 = (a[:, prefix:] for a in (x, gate1, shift2, scale2, gate2))
+        x = x + gate1 * self.out(mixed)
+        gate, hidden = self.up(modulate(x, shift2, scale2)).chunk(2, -1)
+        return x + gate2 * self.down(F.silu(gate) * hidden), kept
+
+
+class Model(nn.Module):
+    def __init__(self, config: ModelConfig, channels: dict[str, int], patch: int = 16):
+        """channels {kind: C} of video, action and proprio (`Packer.channels`)."""
+        super().__init__()
+        D = config.width
+        if patch != 16:
+            raise ValueError(f"the pixel stem has four strides of 2, so patch must be 16, got {patch}")
+        self.config, self.channels = config, dict(channels)
+        self.inputs = nn.ModuleDict({kind: nn.Linear(c, D) for kind, c in channels.items()})
+        self.bytes = nn.Embedding(256, BYTE_DIM)
+        self.text = nn.Linear(BYTES_PER_TOKEN * BYTE_DIM, D)
+        widths = [3, D // 8, D // 4, D // 2, D]
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
+        self.stem_out = nn.Linear(D, D)
+        self.position = nn.Linear(len(KINDS) * 2 * FREQUENCIES, D)
+        self.level = nn.Sequential(nn.Linear(LEVEL_DIM, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
+        self.modulation = nn.Linear(D, 6 * D)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.last_modulation = nn.Linear(D, 2 * D)
+        self.outputs = nn.ModuleDict({kind: nn.Linear(D, channels[kind]) for kind in ("video", "action")})
+        # student features -> teacher features (Self-Flow: one hidden layer, no norm)
+        self.projector = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """All linear maps: uniform with variance 1 / (3 fan_in) (torch's default), biases zero. Residual gates, last
+        modulation and heads: zero, so that the network starts as the zero velocity and every block as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for module in (self.modulation, self.last_modulation, *self.outputs.values()):
+            nn.init.zeros_(module.weight)
+        scale = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]  # shift, scale, gate, twice
+        for block in self.blocks:
+            block.offset.data.copy_(scale.expand_as(block.offset))
+
+    def forward(
+        self, z: Tensor, t: Tensor, tokens: Tokens, feature_layer: int = 0, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """z (B, N, C) noised, t (B, N) -> velocity (B, N, C), zero on given tokens, and features (B, M, D) of the
+        tokens that are not given after block `feature_layer` (1 is the first; 0: none). With `cache` the prefix is not
+        computed again."""
+        P = tokens.prefix
+        x, modulation, level = self._start(z, t, tokens, skip=P if cache else 0)
+        prefix, features = 0 if cache else P, None
+        rotary = rotation(tokens.ids[P - prefix :], self.config.width // self.config.heads)
+        for i, block in enumerate(self.blocks, 1):
+            last = i == len(self.blocks)
+            x, _ = block(x, modulation, rotary, prefix, cache[i - 1] if cache else None, only_rest=last)
+            if i == feature_layer:
+                features = x if last else x[:, prefix:]
+        shift, scale = self.last_modulation(level[:, prefix:]).chunk(2, -1)
+        return self._heads(modulate(x, shift, 1 + scale), z, tokens), features
+
+    def features(self, z: Tensor, t: Tensor, tokens: Tokens, layer: int) -> Tensor:
+        """Features (B, M, D) after block `layer`, as in `forward`; later blocks are not computed."""
+        x, modulation, _ = self._start(z, t, tokens)
+        rotary = rotation(tokens.ids, self.config.width // self.config.heads)
+        for i, block in enumerate(self.blocks[:layer], 1):
+            x, _ = block(x, modulation, rotary, tokens.prefix, None, only_rest=i == layer)
+        return x
+
+    def prefix_cache(self, tokens: Tokens) -> Cache:
+        """Keys and values of the given tokens, at t = 0. Empty where nothing is given."""
+        P = tokens.prefix
+        if not P:
+            return []
+        x, modulation, _ = self._start(tokens.x, torch.zeros(tokens.x.shape[:2], device=tokens.x.device), tokens, stop=P)
+        rotary = rotation(tokens.ids[:P], self.config.width // self.config.heads)
+        cache = []
+        for block in self.blocks:
+            x, kept = block(x, modulation, rotary, P, None, only_rest=False)
+            cache.append(kept)
+        return cache
+
+    def _start(
+        self, z: Tensor, t: Tensor, tokens: Tokens, skip: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Tokens [skip, stop) -> x (B, n, D), modulation 6 x (B, n, D), level (B, n, D). Cuts fall between spans."""
+        stop = z.shape[1] if stop is None else stop
+        parts = []
+        for span in tokens.spans:
+            if not skip <= span.start < stop:
+                continue
+            if span.kind == "text":
+                x = self.text(self.bytes(tokens.text.long()).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2))
+            else:
+                x = self.inputs[span.kind](z[:, span.rows, : self.channels[span.kind]])  # (B, n, D)
+                if span.kind == "video" and span.role == GIVEN:
+                    x = x + self._see(tokens.frames)
+            parts.append(x)
+        x = torch.cat(parts, 1) + self.position(fourier(tokens.ids[skip:stop]))
+        level = self.level(embed_level(t[:, skip:stop], LEVEL_DIM))
+        return x, self.modulation(level).chunk(6, -1), level
+
+    def _see(self, frames: Tensor) -> Tensor:  # (B, T, H, W, 3) -> (B, T h w, D)
+        x = frames.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
+        for conv in self.stem:
+            x = F.gelu(conv(x), approximate="tanh")
+        return self.stem_out(x.permute(0, 2, 3, 1)).flatten(1, 2).unflatten(0, frames.shape[:2]).flatten(1, 2)
+
+    def _heads(self, x: Tensor, z: Tensor, tokens: Tokens) -> Tensor:  # (B, M, D) -> (B, N, C)
+        P, C = tokens.prefix, z.shape[-1]
+        parts = [z.new_zeros(*z.shape[:1], P, C)]
+        for span in tokens.spans:
+            if span.start >= P:
+                velocity = self.outputs[span.kind](x[:, span.start - P : span.stop - P]).float()
+                parts.append(F.pad(velocity, (0, C - velocity.shape[-1])))
+        return torch.cat(parts, 1)
+
+
+def fourier(ids: Tensor) -> Tensor:
+    """ids (N, 4) -> (N, 4 * 2 * FREQUENCIES), wave lengths from 4 to 512 steps."""
+    frequencies = 2 * math.pi / torch.logspace(2, 9, FREQUENCIES, base=2, device=ids.device)
+    angles = (ids[..., None] * frequencies).flatten(1)
+    return torch.cat([angles.cos(), angles.sin()], -1)
