@@ -108,13 +108,14 @@ def hook_hand(pitch: float) -> Rotation:
 
 def open_drawer(s: State, edge: float, style: Style) -> Waypoint:
     """Hook the closed fingers over the panel's top edge at height `edge` and pull."""
-    pitch = style.hook_pitch + 0.3 * ramp(s.drawer, 0.04, 0.1)  # steeper once clear of the counter
+    pitch = style.hook_pitch
     rotation = hook_hand(pitch)
     x, z = s.p[0] - s.drawer - PANEL_BACK, s.p[2] - edge  # from the edge; the fingers are behind the panel at x < 0
     y = np.clip(s.base.p[1] + style.hook_side, -HOOK_HALF_WIDTH, HOOK_HALF_WIDTH)
 
-    # Hooked: pull, keeping the depth.
-    if -0.15 < x < -0.01 and z < -0.002 and abs(s.p[1]) < PANEL_HALF_WIDTH:
+    # Hooked: pull, keeping the depth; steeper once clear of the counter.
+    if -0.15 < x < -0.01 and z < 0.004 and abs(s.p[1]) < PANEL_HALF_WIDTH:
+        rotation = hook_hand(pitch + mix(0.12, 0.35, ramp(s.drawer, 0.03, 0.1)))
         return Waypoint(np.array([s.p[0] + MAX_STEP, y, edge - style.hook_depth]), rotation, 0)
 
     # The way in: a line along the fingers through the middle of the gap above the panel.
@@ -125,17 +126,18 @@ def open_drawer(s: State, edge: float, style: Style) -> Waypoint:
     def on_line(depth):  # target on the way in, world x and z
         return np.array([s.drawer + PANEL_BACK, edge]) + GAP + along * depth + across * style.gap_offset
 
-    # Behind the panel: down.
-    if depth > 0.055 and z < 0.08:
-        return Waypoint(np.array([on_line(style.reach_in)[0], s.p[1], edge - style.hook_depth]), rotation, 0)
+    # Behind the panel: down, steeper, which lifts the knuckles over the edge.
+    if depth > 0.06 and z < 0.08:
+        rotation = hook_hand(pitch + 0.12)
+        return Waypoint(np.array([min(s.p[0], on_line(0.07)[0]), s.p[1], edge - style.hook_depth]), rotation, 0)
     # Above the counter, or below the edge: get in front first.
     front = on_line(-STANDOFF)
-    if s.p[0] < front[0] - 0.02 and (miss > 0.05 or miss < -0.03):
+    if s.p[0] < front[0] - 0.02 and (miss > 0.05 or miss < -0.045):
         return Waypoint(np.array([front[0] + 0.02, s.p[1], max(s.p[2], edge - 0.05)]), rotation, 0)
-    # In front or in the gap: go in as far as aligned.
-    off = max(abs(miss) / 0.02, abs(s.p[1] - y) / 0.05, angle(s.rotation, rotation) / 0.2)
-    aligned = ramp(off, 1.2, 0.6) * ramp(s.opening, 0.5, 0.25)
-    goal = on_line(mix(-STANDOFF, style.reach_in, aligned))
+    # In front or in the gap: go in as fast as aligned, back where not.
+    off = max(abs(miss) / 0.015, abs(s.p[1] - y) / 0.04, angle(s.rotation, rotation) / 0.15, (s.opening - 0.2) / 0.1)
+    lead = np.interp(off, [0.5, 1.0, 1.5, 3.0], [MAX_STEP, MAX_STEP / 2, 0, -MAX_STEP])
+    goal = on_line(np.clip(depth + lead, -STANDOFF, style.reach_in))
     return Waypoint(np.array([goal[0], y, goal[1]]), rotation, 0)
 
 
@@ -266,7 +268,22 @@ class Expert:
         to_base = Rotation.from_quat(s.base.q, scalar_first=True).inv()
         step = to_base.apply(clip(GAIN * (goal.p - s.p), MAX_STEP * self.style.speed))
         turn = to_base.apply(clip(GAIN * (goal.rotation * s.rotation.inv()).as_rotvec(), MAX_TURN * self.style.speed))
-        return np.array([*step, *turn, goal.gripper], dtype=np.float32)
+        for share, turned in ((1, 1), (0.5, 0.5), (0.5, 0), (0.2, 0), (0, 0.5)):
+            action = np.array([*share * step, *turned * turn, goal.gripper], dtype=np.float32)
+            if self._reachable(action):
+                break
+        return action
+
+    def _reachable(self, action: np.ndarray) -> bool:
+        """Whether the controller's inverse kinematics will find this step (otherwise the arm stalls)."""
+        c = self.sim.agent.controller
+        pose = c.tcp_pose()
+        rotation = Rotation.from_rotvec(action[3:6]) * Rotation.from_quat(pose.q, scalar_first=True)
+        target = sapien.Pose(pose.p + action[:3], rotation.as_quat(scalar_first=True))
+        qpos = c.robot.qpos.astype(np.float64)
+        return c.kinematics.compute_inverse_kinematics(
+            c.tcp_index, target, initial_qpos=qpos, active_qmask=c.mask, eps=1e-4, max_iterations=100, dt=0.1
+        )[1]
 
 
 def clip(vector: np.ndarray, length: float) -> np.ndarray:

@@ -16,11 +16,11 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-from selfflow_robot.config import CollectConfig, run
 
 from envs.rollout import HOLD_STEPS, LINGER, VIEW, Demonstrator, rollout
 from envs.tasks import get_task
 from envs.workers import Workers, progress, write_json
+from selfflow_robot.config import CollectConfig, run
 from selfflow_robot.data import DatasetError, committed_seeds, finalize, write_episode
 from selfflow_robot.metrics import wilson_interval
 

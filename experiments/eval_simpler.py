@@ -9,8 +9,6 @@ SIMPLER's rule: episodes run to the step limit, success does not end them; `succ
 any time: the same command continues with the seeds that are missing.
 """
 
-import hashlib
-import io
 import json
 import logging
 import os
@@ -31,6 +29,7 @@ from envs.protocol import make_protocol, protocol_hash
 from envs.rollout import Demonstrator, Episode, HoldStill, rollout
 from envs.tasks import get_task
 from envs.workers import Workers, progress, write_json
+from selfflow_robot import checkpoint
 from selfflow_robot.config import EvalConfig, run
 from selfflow_robot.data import encode_video
 from selfflow_robot.metrics import wilson_interval
@@ -67,7 +66,7 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
         "success_rule": protocol["success_rule"],
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "sapien", "mani_skill", "numpy")},
         "crashed": [],
@@ -83,7 +82,7 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
     if len(episodes) < cfg.episodes:
         print(f"Evaluating {subject} on {task.short} in {folder}: {len(episodes)} of {cfg.episodes} episodes are there")
     with (
-        Workers(start or start_evaluating, (cfg, identity["checkpoint"], str(folder)), cfg.workers) as workers,
+        Workers(start or start_evaluating, (cfg, identity, str(folder)), cfg.workers) as workers,
         progress("episodes", cfg.episodes) as update,
     ):
         for seed in seeds:
@@ -102,15 +101,26 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
 
 
 def identify(cfg: EvalConfig) -> dict:
-    """What is being measured: policy, checkpoint with the hash of its content, settings of the policy."""
+    """What is measured: policy, checkpoint and the SHA-256 of its tensors, settings of the policy.
+
+    Raises ValueError naming the command that makes a checkpoint where there is none.
+    """
     if cfg.policy != "checkpoint":
         return {"policy": cfg.policy, "checkpoint": None, "checkpoint_hash": None, "policy_settings": {}}
-    path = find_checkpoint(cfg.checkpoint)
+    path = cfg.checkpoint or checkpoint.newest_run("finetune")
+    if path is None:
+        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    folder = checkpoint.find(path)
+    manifest = checkpoint.read_manifest(checkpoint.saved(folder)[-1])
+    if manifest.get("kind") == "pretrain":
+        raise ValueError(
+            f"{path} is a video backbone. Fine-tune it: python experiments/finetune.py --pretrained {path}"
+        )
     return {
         "policy": "checkpoint",
-        "checkpoint": str(path),
-        "checkpoint_hash": content_hash(path),
-        "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps, "seed": 0},
+        "checkpoint": str(folder.parent if folder.name == "checkpoint" else folder),
+        "checkpoint_hash": manifest["sha256"],
+        "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps},
     }
 
 
@@ -130,7 +140,7 @@ def refuse_other(path: Path, identity: dict, protocol: dict) -> None:
         raise ValueError(f"{path} measured another {name}: {before[name]}, now {now[name]}. {remedy}")
 
 
-def start_evaluating(cfg: EvalConfig, checkpoint: str | None, folder: str):
+def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
     """In a worker: build scene and policy, return the function that runs one seed."""
     from envs import make_env
     from envs.expert import Expert
@@ -148,7 +158,9 @@ def start_evaluating(cfg: EvalConfig, checkpoint: str | None, folder: str):
     else:
         from policies import load_policy
 
-        policy = load_policy(checkpoint, execute=cfg.execute, steps=cfg.sample_steps)
+        policy = load_policy(identity["checkpoint"], execute=cfg.execute, steps=cfg.sample_steps)
+        if identify(cfg) != identity:  # a worker that replaces a crashed one must not measure something else
+            raise ValueError(f"{identity['checkpoint']} is still being trained: wait, or evaluate a copy")
     return partial(run_episode, env, lambda seed: policy, cfg, folder)
 
 
@@ -221,23 +233,25 @@ def annotate(episode: Episode) -> np.ndarray:
         words = f"{outcome}  ({goals})" if last else episode.instructions[t]
         draw.text((8, size[1] + 10), words, "white", font)
         if not last:
-            draw.text((size[0] - 8, size[1] + 10), f"{outcome}   step {t + 1}/{episode.steps}", "white", font, anchor="ra")
+            count = f"ends in {outcome}   step {t + 1}/{episode.steps}"
+            draw.text((size[0] - 8, size[1] + 10), count, "white", font, anchor="ra")
         pictures.append(np.asarray(canvas))
     return np.array(pictures)
 
 
 def print_table(results: dict, folder: Path) -> None:
-    protocol = results["protocol"]
-    seeds = protocol["seeds"]
-    table = Table("", "k/n", "rate", "95% Wilson interval", title=f"{results['checkpoint'] or results['policy']} on {results['task']}")
+    protocol, seeds = results["protocol"], results["protocol"]["seeds"]
+    title = f"{results['checkpoint'] or results['policy']} on {results['task']}"
+    table = Table("", "k/n", "rate", "95% Wilson interval", title=title)
     for name, row in results["summary"].items():
-        table.add_row(name.replace("_", " "), f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}")
+        interval = f"{row['low']:.1%} to {row['high']:.1%}"
+        table.add_row(name.replace("_", " "), f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", interval)
     Console().print(table)
     print(f"success: {protocol['success']}\nrule: {results['success_rule']}")
     print(f"seeds {seeds['first']} to {seeds['first'] + seeds['count'] - 1}, protocol {results['protocol_hash']}")
     if results["crashed"]:
         print(f"crashed twice and left out: seeds {results['crashed']}; the same command tries them again")
-    print(f"{folder / 'results.json'}")
+    print(folder / "results.json")
 
 
 if __name__ == "__main__":

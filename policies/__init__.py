@@ -1,1 +1,5 @@
-"""Trained models turned into actions."""
+"""Trained models as policies: `load_policy(run)`, `reset(instruction)`, `act(observation) -> action`."""
+
+from policies.load import load_policy
+
+__all__ = ["load_policy"]

@@ -86,7 +86,9 @@ def require_same(found: dict, wanted: dict, where: str | Path) -> None:
     keys = [key for key in sorted(flat_found | flat_wanted) if flat_found.get(key) != flat_wanted.get(key)]
     if keys:
         differences = "; ".join(f"{key}: {flat_found.get(key)!r} there, {flat_wanted.get(key)!r} now" for key in keys)
-        raise CheckpointError(f"{where} was made with other settings ({differences}). Use another name=..., or remove it.")
+        raise CheckpointError(
+            f"{where} was made with other settings ({differences}). Use another name=..., or remove it."
+        )
 
 
 def describe(model: Model, packer: Packer) -> dict:
@@ -128,7 +130,9 @@ def restore(module: torch.nn.Module, tensors: dict[str, Tensor], prefix: str, wh
     """Inverse of `collect`; raises CheckpointError naming tensors that are absent, unknown or of another shape."""
     own = module.state_dict()
     state = {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
-    wrong = [n for n in sorted(own.keys() | state.keys()) if n not in own or n not in state or own[n].shape != state[n].shape]
+    wrong = [
+        n for n in sorted(own.keys() | state.keys()) if n not in own or n not in state or own[n].shape != state[n].shape
+    ]
     if wrong:
         raise CheckpointError(f"{where}: tensors {prefix}.{{{', '.join(wrong[:5])}}} do not fit this model")
     module.load_state_dict(state)

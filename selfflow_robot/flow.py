@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,11 @@ def sample(
         t = torch.where(generated, t0, given_level)  # (B, N)
         z = z + torch.where(generated, t1 - t0, 0.0)[..., None] * velocity(z, t)
     return z
+
+
+def generator(*key: int) -> torch.Generator:
+    """A stream of random numbers of its own for every key, e.g. (seed, step)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def embed_level(t: Tensor, dim: int) -> Tensor:

@@ -12,6 +12,7 @@ B batch, N tokens, P of them prefix, M = N - P, D width, H heads, E = D / H, C c
 import contextlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,13 @@ PRESETS = {
     "tiny": ModelConfig(),  # 4.5 M parameters: trains in minutes on two cores
     "small": ModelConfig(depth=12, width=384, heads=6),  # 25 M
 }
+
+
+def preset(name: str) -> ModelConfig:
+    if name not in PRESETS:
+        raise ValueError(f"model {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
 
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values of the prefix, (B, H, P, E)
 
@@ -104,7 +112,10 @@ class Block(nn.Module):
         offset = self.offset.to(modulation[0].dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (a + b for a, b in zip(modulation, offset))  # (B, N, D)
         q, k, v = self.qkv(modulate(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, H, E)
-        q, k = (rotate(F.layer_norm(a, a.shape[-1:], g.to(a.dtype)), *rotary) for a, g in ((q, self.norm_q), (k, self.norm_k)))
+        q, k = (
+            rotate(F.layer_norm(a, a.shape[-1:], g.to(a.dtype)), *rotary)
+            for a, g in ((q, self.norm_q), (k, self.norm_k))
+        )
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, H, N, E)
         kept = k[:, :, :prefix], v[:, :, :prefix]
         if past is not None:
@@ -132,7 +143,7 @@ class Model(nn.Module):
         self.bytes = nn.Embedding(256, BYTE_DIM)
         self.text = nn.Linear(BYTES_PER_TOKEN * BYTE_DIM, D)
         widths = [3, D // 8, D // 4, D // 2, D]
-        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths))
         self.stem_out = nn.Linear(D, D)
         self.position = nn.Linear(len(KINDS) * 2 * FREQUENCIES, D)
         self.level = nn.Sequential(nn.Linear(LEVEL_DIM, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU())
@@ -187,7 +198,9 @@ class Model(nn.Module):
         P = tokens.prefix
         if not P:
             return []
-        x, modulation, _ = self._start(tokens.x, torch.zeros(tokens.x.shape[:2], device=tokens.x.device), tokens, stop=P)
+        x, modulation, _ = self._start(
+            tokens.x, torch.zeros(tokens.x.shape[:2], device=tokens.x.device), tokens, stop=P
+        )
         rotary = rotation(tokens.ids[:P], self.config.width // self.config.heads)
         cache = []
         for block in self.blocks:

@@ -138,10 +138,9 @@ class Packer(nn.Module):
         video = batch["video"].to(device)
         B, T = video.shape[:2]
         num_past, num_frames = len(layout.past), len(layout.past + layout.future)
-        if T not in (num_past, num_frames) or video.shape[2:] != (layout.height, layout.width, 3):
-            raise ValueError(
-                f"video {tuple(video.shape)}: expected {num_past} or {num_frames} frames of {layout.height}x{layout.width}x3"
-            )
+        size = (layout.height, layout.width, 3)
+        if T not in (num_past, num_frames) or video.shape[2:] != size:
+            raise ValueError(f"video {tuple(video.shape)}: expected {num_past} or {num_frames} frames of {size}")
         parts = []  # (kind, role, x (B, n, C), ids (n, 4), weight (B, n))
         text = None
         if mode not in VIDEO_ONLY:
@@ -155,7 +154,7 @@ class Packer(nn.Module):
         for role, offsets, first in ((past_role, layout.past, 0), (future_role, layout.future, num_past)):
             if role is None:
                 continue
-            if T == num_past and first:  # to be imagined
+            if first and num_past == T:  # to be imagined
                 if role == GIVEN:
                     raise ValueError(f"mode {mode} needs the {num_frames - num_past} future frames, got {T} frames")
                 latents = torch.zeros(B, len(offsets), *self.grid, self.codec.config.channels, device=device)
@@ -166,7 +165,9 @@ class Packer(nn.Module):
                 if role == GIVEN:
                     given_frames.append(frames)
             ids = _ids("video", offsets, *self.grid)
-            parts.append(("video", role, latents.flatten(1, 3), ids, mask.repeat_interleave(self.grid[0] * self.grid[1], 1)))
+            parts.append(
+                ("video", role, latents.flatten(1, 3), ids, mask.repeat_interleave(self.grid[0] * self.grid[1], 1))
+            )
         if action_role is not None:
             name = "action" if mode == "policy" else "executed"
             if name not in batch and action_role == GIVEN:

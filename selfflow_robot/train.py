@@ -5,20 +5,23 @@ that was not.
 """
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from selfflow_robot import checkpoint
 from selfflow_robot.checkpoint import write_atomic
+from selfflow_robot.config import TrainingConfig
+from selfflow_robot.data import Dataset, open_dataset
+from selfflow_robot.flow import TimestepDistribution, generator
 from selfflow_robot.model import Model, precision
 from selfflow_robot.selfflow import ema_decay, update_ema
 from selfflow_robot.tokens import Packer
@@ -48,6 +51,36 @@ class State:
     step: int = 0  # updates done
 
 
+def start(cfg: TrainingConfig, collect: Path) -> tuple[Dataset, torch.device]:
+    """Threads, seed, device and data of a training script. The default data set, where absent, is collected first by
+    the script `collect`."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)  # of the initial weights
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    if cfg.data == TrainingConfig.data and not Path(cfg.data, "meta", "info.json").exists():
+        print(f"No data set at {cfg.data} yet: collecting the default one ({collect.name}).", flush=True)
+        subprocess.run([sys.executable, str(collect)], check=True)
+    return open_dataset(cfg.data), device
+
+
+def schedule(cfg: TrainingConfig) -> TrainConfig:
+    return TrainConfig(
+        steps=cfg.steps, lr=cfg.lr, weight_decay=cfg.weight_decay, warmup=cfg.warmup, cooldown=cfg.cooldown,
+        ema=cfg.ema, seed=cfg.seed,
+    )  # fmt: skip
+
+
+def levels(cfg: TrainingConfig) -> TimestepDistribution:
+    return TimestepDistribution(cfg.levels, cfg.shift, cfg.low_snr)
+
+
+def identity(cfg: TrainingConfig, dataset: Dataset) -> dict:
+    """The settings that make a run what it is: all but where, how long and how often it reports."""
+    free = {"name", "data", "steps", "save_every", "validate_every", "threads", "device", "wandb"}
+    return {k: v for k, v in asdict(cfg).items() if k not in free} | {"data_hash": dataset.hash}
+
+
 def new_state(model: Model, config: TrainConfig) -> State:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -61,11 +94,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     rise = min(1.0, (step + 1) / max(1, config.warmup))
     fall = min(1.0, (config.steps - step) / max(1.0, config.cooldown * config.steps))
     return config.lr * min(rise, max(fall, 0.0))
-
-
-def generator(*key: int) -> torch.Generator:
-    """A stream of random numbers of its own for every key, e.g. (seed, step)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def train(
@@ -132,9 +160,9 @@ def fit(
     validate_every: int,
     wandb_mode: str = "disabled",
 ) -> None:
-    """Trains run folder `run` to its end, or continues it: loop, metrics.jsonl, checkpoints.
+    """Trains run folder `run` to its end, or continues it: loop, metrics.jsonl, config.json, checkpoints.
 
-    manifest: {"kind", "method", "identity": settings that must not change between parts of a run, ...}. Raises
+    manifest: {"kind", "method", "identity": settings that must not change between parts of a run, "config"}. Raises
     CheckpointError when the folder holds a run with another identity.
     """
     folder = run / "checkpoint"
@@ -144,6 +172,7 @@ def fit(
         restore(state, packer, saved_tensors, found["step"], folder)
         print(f"{run}: continuing after step {state.step} of {config.steps}", flush=True)
     keep_metrics(run / "metrics.jsonl", state.step)
+    write_atomic(run / "config.json", json.dumps(manifest["config"], indent=1).encode())
 
     def save():
         checkpoint.save(folder, state.step, tensors(state, packer), manifest | checkpoint.describe(state.model, packer))
@@ -213,5 +242,3 @@ class Reporter:
 
     def flush(self) -> None:
         self.file.flush()
-
-

@@ -1,9 +1,33 @@
-"""A world without SAPIEN: a point on a line that must reach 0.3 m, wait for the second instruction and reach 0.6 m."""
+"""A world without SAPIEN: a point on a line that must reach 0.3 m, wait for the second instruction, reach 0.6 m."""
 
 import numpy as np
 
 LIMIT, FORCED = 40, 25  # control steps
 FIRST, SECOND = 0.3, 0.6  # m
+
+
+class InlineWorkers:
+    """`envs.workers.Workers` without processes."""
+
+    def __init__(self, start, arguments, count):
+        self.work, self.queue, self.count = start(*arguments), [], count
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __len__(self):
+        return len(self.queue)
+
+    def submit(self, seed):
+        self.queue.append(seed)
+
+    def results(self):
+        while self.queue:
+            seed = self.queue.pop(0)
+            yield seed, self.work(seed)
 
 
 class LineEnv:

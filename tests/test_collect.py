@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import LineEnv, LineExpert
+from fakes import InlineWorkers, LineEnv, LineExpert
 
 from experiments.collect_demos import collect, record
 from selfflow_robot.config import CollectConfig
@@ -53,6 +53,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def inline(monkeypatch):
+    monkeypatch.setattr("experiments.collect_demos.Workers", InlineWorkers)
+
+
 def test_successes_only_whatever_crashes_and_whoever_works(folder, capsys):
     root = collect(config(episodes=8, workers=2), start)
     assert committed_seeds(root) == {1, 2, 3, 4, 5, 6, 8, 9}  # 0 and 7 fail, 5 killed its worker once
@@ -63,11 +68,17 @@ def test_successes_only_whatever_crashes_and_whoever_works(folder, capsys):
     assert set(dataset.instructions) == {"open", "place"}
     assert "success 8/10 = 80% [49%, 94%]" in capsys.readouterr().out
 
-    collect(config(episodes=9, workers=1), start)  # more: continues behind the last seed, failures are not repeated
-    assert committed_seeds(root) == {1, 2, 3, 4, 5, 6, 8, 9, 10}
+
+def test_a_data_set_grows_and_is_repaired(folder, inline):
+    (folder / "killed").touch()
+    root = collect(config(episodes=3, workers=1), start)
+    assert committed_seeds(root) == {1, 2, 3}
+    collect(config(episodes=7, workers=1), start)  # continues behind the last seed
+    assert committed_seeds(root) == {1, 2, 3, 4, 5, 6, 8}
     os.unlink(root / "data/chunk-000/file-003.parquet")  # as the reader advises for a damaged file
-    collect(config(episodes=9, workers=1), start)
-    assert committed_seeds(root) == {1, 2, 3, 4, 5, 6, 8, 9, 10}
+    (root / "collection.json").unlink()
+    collect(config(episodes=7, workers=1), start)
+    assert [episode.seed for episode in open_dataset(root).episodes] == [1, 2, 3, 4, 5, 6, 8]
 
 
 def test_a_killed_run_continues_with_the_same_command(folder):
@@ -92,7 +103,7 @@ def test_a_killed_run_continues_with_the_same_command(folder):
     assert len(kept) >= len(survived)
 
 
-def test_with_a_policy_failures_are_kept_and_labelled(folder):
+def test_with_a_policy_failures_are_kept_and_labelled(folder, inline):
     root = collect(config(episodes=3, first_seed=20, workers=1, policy="p", policy_fraction=1.0), start)
     dataset = open_dataset(root)
     assert [(e.seed, e.success) for e in dataset.episodes] == [(20, False), (21, False), (22, False)]
@@ -117,7 +128,7 @@ def start_hopeless(cfg, root, keep_failures):
     return lambda seed: {"success": False, "steps": 1}
 
 
-def test_an_expert_that_never_succeeds_does_not_run_for_ever(folder):
+def test_an_expert_that_never_succeeds_does_not_run_for_ever(folder, inline):
     with pytest.raises(DatasetError, match="only 0/24"):
         collect(config(episodes=2, workers=1), start_hopeless)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fakes import FIRST, FORCED, LIMIT, SECOND, LineEnv, LineExpert
 
+from envs import protocol as protocols
 from envs.protocol import make_protocol, protocol_hash
 from envs.rollout import BURST_METRES, BURST_RADIANS, Demonstrator, HoldStill, draw_bursts, rollout
 
@@ -148,3 +149,13 @@ def test_other_measurements_have_other_hashes(other):
 def test_an_unknown_task_is_refused_with_the_list():
     with pytest.raises(ValueError, match="open_and_place, open_top_drawer"):
         make_protocol("open_fridge", 0, 1)
+
+
+def test_the_protocol_states_what_the_scene_does():
+    from envs import google_robot
+    from envs.simpler import CLOSED_QPOS, FORCED_ADVANCE, OPEN_QPOS, PLACED_QPOS
+
+    for name in ("CONTROL_FREQ", "SIM_FREQ"):
+        assert getattr(protocols, name) == getattr(google_robot, name)
+    ours = (protocols.FORCED_ADVANCE, protocols.OPEN_QPOS, protocols.CLOSED_QPOS, protocols.PLACED_QPOS)
+    assert ours == (FORCED_ADVANCE, OPEN_QPOS, CLOSED_QPOS, PLACED_QPOS)

@@ -1,0 +1,124 @@
+"""Fine-tune a pretrained video backbone into a policy that is also a world model.
+
+    python experiments/finetune.py                            from the newest Self-Flow pretraining
+    python experiments/finetune.py --method flow_matching     from the newest baseline
+    python experiments/finetune.py --pretrained none          from scratch
+
+Adds proprioception, text and actions; every batch draws one of the role assignments (`modes`). Writes runs/<name>:
+checkpoint/, metrics.jsonl, config.json. Interrupt it at any time: the same command continues.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from selfflow_robot.config import FinetuneConfig, run
+
+
+def finetune(cfg: FinetuneConfig) -> Path:
+    """Train to the end, or continue; returns the run folder."""
+    import torch
+
+    from selfflow_robot import data, train
+    from selfflow_robot.codec import CodecConfig
+    from selfflow_robot.model import Model, preset
+    from selfflow_robot.selfflow import SelfFlowConfig, loss
+    from selfflow_robot.tokens import MODES, VIDEO_ONLY, Layout, Packer
+    from selfflow_robot.validation import action_errors, held_out, video_loss
+
+    if wrong := cfg.modes.keys() - (MODES.keys() - set(VIDEO_ONLY)):
+        raise ValueError(
+            f"modes: {', '.join(sorted(wrong))} unknown; there are {', '.join(MODES.keys() - set(VIDEO_ONLY))}"
+        )
+    dataset, device = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
+    folder = Path("runs") / cfg.name
+    height, width, _ = dataset.image_shape
+    layout = Layout(cfg.past, cfg.future, cfg.horizon, height=height, width=width, view=dataset.view, fps=dataset.fps)
+    windows = data.windows(dataset, layout.past, layout.future, layout.horizon)
+
+    backbone, backbone_hash = choose_backbone(cfg, folder)
+    if backbone is None:
+        packer = Packer(layout, CodecConfig())
+        sample = range(0, len(windows), max(1, len(windows) // 1024))
+        packer.codec.fit(windows.gather([index])["video"][:, :1] for index in sample)
+        model = Model(preset(cfg.model), packer.channels, packer.codec.config.patch)
+    else:
+        model, pretrained, _ = backbone
+        if model.config != preset(cfg.model):
+            raise ValueError(f"{cfg.pretrained or 'the newest pretraining'} is not of preset {cfg.model}: give --model")
+        packer = Packer(layout, pretrained.codec.config)
+        packer.codec.load_state_dict(pretrained.codec.state_dict())
+        model.train().requires_grad_(True)
+    packer.fit_statistics(dataset.stats)
+    model, packer = model.to(device), packer.to(device)
+    objective = SelfFlowConfig(
+        method="self_flow" if cfg.self_flow_terms else "flow_matching",
+        levels=train.levels(cfg),
+        mask_ratio=cfg.mask_ratio,
+        feature_weight=cfg.feature_weight,
+        student_layer=cfg.student_layer,
+        teacher_layer=cfg.teacher_layer,
+        video_weight=cfg.video_weight,
+        action_weight=cfg.action_weight,
+    )
+    names, weights = list(cfg.modes), torch.tensor(list(cfg.modes.values()))
+
+    def loss_fn(model, teacher, batch, generator):
+        mode = names[torch.multinomial(weights, 1, generator=generator)]
+        total, terms = loss(model, teacher, packer.pack(batch, mode), objective, generator)
+        return total, {name if name == "loss" else f"{name}/{mode}": term for name, term in terms.items()}
+
+    batch = held_out(dataset, layout)
+
+    def validate(model):
+        if batch is None:
+            return {}
+        return video_loss(model, packer, batch, "world_model") | action_errors(model, packer, batch)
+
+    train.fit(
+        folder,
+        train.new_state(model, train.schedule(cfg)),
+        packer,
+        train.schedule(cfg),
+        {
+            "kind": "finetune",
+            "method": cfg.method,
+            "identity": train.identity(cfg, dataset) | {"pretrained": backbone_hash},
+            "config": asdict(cfg),
+        },
+        batches=lambda step: data.batches(windows, cfg.batch_size, cfg.seed, step),
+        loss_fn=loss_fn,
+        validate=validate,
+        save_every=cfg.save_every,
+        validate_every=cfg.validate_every,
+        wandb_mode=cfg.wandb,
+    )
+    return folder
+
+
+def choose_backbone(cfg: FinetuneConfig, folder: Path):
+    """(model, packer, manifest) of the pretraining and its hash; None, "none" from scratch.
+
+    A run that has begun keeps its backbone when a newer pretraining appears.
+    """
+    from selfflow_robot import checkpoint
+
+    found = cfg.pretrained
+    if found is None:
+        if begun := checkpoint.saved(folder / "checkpoint"):
+            manifest = checkpoint.read_manifest(begun[-1])
+            model, packer = checkpoint.build(manifest, folder)  # the weights are about to be restored
+            return (model, packer, manifest), manifest["identity"]["pretrained"]
+        found = checkpoint.newest_run("pretrain", cfg.method)
+        if found is None:
+            print(f"No pretraining of method {cfg.method} in runs/: starting from scratch.", flush=True)
+    if found in (None, "none"):
+        return None, "none"
+    print(f"Starting from the backbone {found}", flush=True)
+    loaded = checkpoint.load_model(found)
+    if loaded[2]["kind"] != "pretrain":
+        raise ValueError(f"{found} is a {loaded[2]['kind']} run; --pretrained needs one of experiments/pretrain.py")
+    return loaded, loaded[2]["sha256"]
+
+
+if __name__ == "__main__":
+    run(FinetuneConfig, finetune)

@@ -1,0 +1,221 @@
+"""The settings of every script, one dataclass each, and `run`, which turns a command line into one of them.
+
+Defaults live here; `configs/<script>.yaml` lists only what differs. `--key value`, `--key=value` and `key=value` mean
+the same; hydra's own flags (`--cfg job`, `--multirun`) pass through. No import of torch: `--help` answers at once.
+"""
+
+# ruff: noqa: RUF009  (`key` is dataclasses.field with a line of help)
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+OURS = ("selfflow_robot", "envs", "policies", "experiments", "__main__")  # whose errors speak for themselves
+
+HYDRA_FLAGS_WITH_VALUE = {"--cfg", "--info", "--package", "--config-path", "--config-name", "--config-dir"}
+HYDRA_FLAGS_WITH_VALUE |= {"-c", "-i", "-p", "-cp", "-cn", "-cd"}
+HYDRA_FLAGS = {"--help", "--hydra-help", "--version", "--resolve", "--run", "--multirun", "--shell-completion"}
+HYDRA_FLAGS |= {"--experimental-rerun"} | HYDRA_FLAGS_WITH_VALUE
+
+
+def key(default, help: str):
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """What pretraining and fine-tuning share."""
+
+    data: str = key("data/open_and_place", "LeRobot data set; collected first if it is the default and absent")
+    model: str = key("tiny", "preset: tiny (4.5 M parameters) or small (25 M)")
+    batch_size: int = key(32, "windows per step")
+    seed: int = key(0, "of everything random")
+    weight_decay: float = key(0.01, "of matrices")
+    warmup: int = key(100, "steps of linear warm-up")
+    cooldown: float = key(0.3, "last share of the steps, learning rate linearly to zero")
+    ema: float = key(0.9999, "decay of the averaged weights (teacher, evaluation); ramped up in short runs")
+    mask_ratio: float = key(0.1, "Self-Flow: share of video tokens at the second noise level")
+    feature_weight: float = key(0.8, "Self-Flow: weight of the feature loss")
+    student_layer: float = key(0.3, "Self-Flow: depth of the student's features, as a share")
+    teacher_layer: float = key(0.7, "Self-Flow: depth of the teacher's features, as a share")
+    save_every: int = key(200, "steps between checkpoints")
+    validate_every: int = key(200, "steps between measurements on held-out episodes")
+    threads: int = key(0, "of torch; 0: torch's choice")
+    device: str = key("auto", "auto, cpu or cuda")
+    wandb: str = key("disabled", "disabled, offline or online")
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    name: str = key("pretrain_${method}", "run folder runs/<name>; the same name again continues it")
+    method: str = key("self_flow", "self_flow or flow_matching (the baseline: the same code with the terms off)")
+    steps: int = key(1500, "updates")
+    lr: float = key(1e-3, "peak learning rate")
+    future: list[int] = key([4, 8], "frames predicted, in control steps after the given one")
+    codec: str = key("dct", "latents: dct (low frequencies of each patch) or pixels")
+    luma: int = key(12, "dct: coefficients kept per side of a 16x16 patch, brightness")
+    chroma: int = key(6, "dct: the same, of each colour difference")
+    levels: str = key("logit_normal", "distribution of noise levels: logit_normal or uniform")
+    shift: float = key(1.78, "of the noise levels towards noise")
+    low_snr: float = key(0.05, "share of noise levels drawn from U[0.95, 1]")
+    given_noise: float = key(0.2, "noise on the given frame: t ~ U(0, this)")
+    given_share: float = key(0.9, "share of batches in which the first frame is given")
+
+
+@dataclass
+class FinetuneConfig(TrainingConfig):
+    name: str = key("finetune_${method}", "run folder runs/<name>; the same name again continues it")
+    method: str = key("self_flow", "which backbone to start from, by its pretraining: self_flow or flow_matching")
+    pretrained: str | None = key(None, "run or folder; default the newest pretraining by `method`; none: from scratch")
+    self_flow_terms: bool = key(False, "keep Self-Flow's terms in fine-tuning (off: both arms learn the same loss)")
+    steps: int = key(4000, "updates")
+    lr: float = key(5e-4, "peak learning rate")
+    past: list[int] = key([0], "frames given, in control steps (0: now)")
+    future: list[int] = key([8], "frames predicted")
+    horizon: int = key(8, "actions predicted from now on")
+    modes: dict[str, float] = key(
+        {"policy": 0.6, "joint_plan": 0.1, "world_model": 0.15, "inverse_dynamics": 0.1, "video_prediction": 0.05},
+        "probability of each role assignment, drawn per batch",
+    )
+    video_weight: float = key(1.0, "of the video loss (mean over tokens and channels)")
+    action_weight: float = key(1.0, "of the action loss")
+    levels: str = key("uniform", "distribution of noise levels: logit_normal or uniform")
+    shift: float = key(1.0, "of the noise levels towards noise")
+    low_snr: float = key(0.0, "share of noise levels drawn from U[0.95, 1]")
+
+
+@dataclass
+class CollectConfig:
+    task: str = key("open_and_place", "see README for the list")
+    episodes: int = key(300, "in the finished data set")
+    first_seed: int = key(0, "episodes use seeds from here on")
+    workers: int = key(2, "scenes in parallel, one process each")
+    name: str | None = key(None, "data/<name>; default the task's")
+    policy: str | None = key(None, "run whose policy drives while the expert labels (DAgger)")
+    policy_fraction: float = key(0.5, "share of stretches it drives")
+    disturbance: float = key(0.3, "share of episodes the expert is disturbed in and recovers")
+    keep_failures: bool = key(False, "keep episodes without success")
+    width: int = key(160, "of the pictures, pixels")
+    height: int = key(128, "of the pictures, pixels")
+
+
+@dataclass
+class EvalConfig:
+    task: str = key("open_and_place", "see README for the list")
+    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
+    policy: str = key("checkpoint", "checkpoint, expert or hold")
+    episodes: int = key(50, "one per seed")
+    first_seed: int = key(10000, "seeds from here on; demonstrations use small ones")
+    workers: int = key(2, "scenes in parallel, one process each")
+    name: str | None = key(None, "run folder runs/<name>; default from policy and task")
+    execute: int = key(4, "actions carried out before predicting again")
+    sample_steps: int = key(8, "of the flow sampler")
+    width: int = key(160, "of the pictures, pixels")
+    height: int = key(128, "of the pictures, pixels")
+    video: bool = key(True, "write a video per episode")
+    resume: bool = key(True, "keep finished episodes of the same run")
+
+
+SCRIPTS = {
+    PretrainConfig: "pretrain",
+    FinetuneConfig: "finetune",
+    CollectConfig: "collect_demos",
+    EvalConfig: "eval_simpler",
+}
+
+
+def run(config_class: type, function: Callable) -> None:
+    """Entry point of a script: parses the command line and calls function(config). Known errors end it with their
+    message alone (HYDRA_FULL_ERROR=1 shows the traceback)."""
+    # Before torch is imported: two computing threads that wait by spinning are slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    arguments = overrides(config_class, sys.argv[1:])
+    if "--help" in arguments or "-h" in arguments:
+        print(usage(config_class))
+        return
+    script = SCRIPTS[config_class]
+    ConfigStore.instance().store(name=f"{script}_schema", node=config_class)
+    quiet = ["hydra.run.dir=.", "hydra.sweep.dir=runs/.multirun", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+    quiet += ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    sys.argv[1:] = arguments + quiet
+
+    def job(cfg):
+        try:
+            function(OmegaConf.to_object(cfg))
+        except KeyboardInterrupt:
+            print("\nInterrupted. The same command continues.", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            speaks = isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
+            if not speaks or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            sys.exit(f"error: {error}")
+
+    hydra.main(version_base=None, config_path=str(CONFIGS), config_name=script)(job)()
+
+
+def overrides(config_class: type, arguments: list[str]) -> list[str]:
+    """`--key value` and `--key=value` -> hydra's `key=value`, after hydra's own flags. Exits with the closest keys when
+    one does not exist."""
+    known = {f.name: typing.get_type_hints(config_class)[f.name] for f in fields(config_class)}
+    flags, converted, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument.split("=")[0] in HYDRA_FLAGS or (argument.startswith("-") and not argument.startswith("--")):
+            flags.append(argument)
+            if argument in HYDRA_FLAGS_WITH_VALUE and rest:
+                flags.append(rest.pop(0))
+            continue
+        name, given, value = argument.removeprefix("--").partition("=")
+        dashed = argument.startswith("--")
+        name = name.replace("-", "_") if dashed else name
+        top = name.lstrip("+~").split(".")[0].split("/")[0]
+        if top == "hydra":
+            converted.append(argument)
+            continue
+        if top not in known:
+            close = difflib.get_close_matches(top, known, n=3, cutoff=0.5) or sorted(known)
+            sys.exit(f"error: unknown key {top!r}. Closest: {', '.join(close)} (--help lists all)")
+        if not given:
+            if not dashed:
+                sys.exit(f"error: {argument!r} is not of the form key=value or --key value")
+            if known[top] is bool and (not rest or rest[0].lower() not in ("true", "false")):
+                value = "true"
+            elif rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            else:
+                sys.exit(f"error: {argument} needs a value")
+        converted.append(f"{name}={_quote(value, known[top]) if dashed else value}")
+    return flags + converted
+
+
+def _quote(value: str, kind: type) -> str:
+    """Text as hydra reads it: paths may hold anything; null means None where None is allowed."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if str not in kinds or (type(None) in kinds and value == "null"):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def usage(config_class: type) -> str:
+    """All keys with defaults and one line each."""
+    script = SCRIPTS[config_class]
+    lines = [f"python experiments/{script}.py [--key value | --key=value | key=value] ...", ""]
+    for f in fields(config_class):
+        default = f.default if f.default is not MISSING else f.default_factory()
+        shown = ",".join(f"{k}={v}" for k, v in default.items()) if isinstance(default, dict) else str(default)
+        gap = f"\n{'':40}" if len(shown) > 20 else ""
+        lines.append(f"  --{f.name:<15} {shown:<20}{gap} {f.metadata['help']}")
+    return "\n".join([*lines, "", "Also: hydra's --cfg job (print the configuration), --multirun key=a,b,c."])

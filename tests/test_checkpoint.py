@@ -1,0 +1,118 @@
+import json
+import os
+
+import pytest
+import torch
+
+from selfflow_robot import checkpoint
+from selfflow_robot.checkpoint import CheckpointError
+from tests.synthetic import make_batch, make_model, make_packer
+
+
+def save(folder, step, value=None, **manifest):
+    tensors = {"a": torch.full((3,), float(step if value is None else value))}
+    return checkpoint.save(folder, step, tensors, {"kind": "finetune", "method": "self_flow"} | manifest)
+
+
+def test_newest_complete_step_is_loaded_and_two_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    tensors, manifest = checkpoint.load(tmp_path)
+    assert manifest["step"] == 3 and torch.equal(tensors["a"], torch.full((3,), 3.0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"step_{step:08d}.{kind}" for step in (2, 3) for kind in ("json", "safetensors")
+    ]
+
+
+def test_a_step_without_its_manifest_does_not_exist(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step_00000002.safetensors").write_bytes(b"half")  # killed between the two files
+    assert checkpoint.load(tmp_path)[1]["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "absent", "manifest"])
+def test_damage_is_named_with_the_way_back(tmp_path, damage):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    data = path.with_suffix(".safetensors")
+    content = data.read_bytes()
+    if damage == "truncated":
+        data.write_bytes(content[:-4])
+    elif damage == "flipped":
+        data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "absent":
+        data.unlink()
+    else:
+        path.write_text(path.read_text()[:20])
+    with pytest.raises(
+        CheckpointError, match=r"step_00000002.*Remove .*step_00000002\.json to continue from step_00000001"
+    ):
+        checkpoint.load(tmp_path)
+    path.unlink()  # the advice
+    assert checkpoint.load(tmp_path)[1]["step"] == 1
+
+
+def test_a_full_disk_leaves_the_last_step(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"step_00000002\.safetensors cannot be written \(No space left"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path)[1]["step"] == 1
+    assert not list(tmp_path.glob(".*"))  # no temporary file
+
+
+def test_other_settings_are_listed():
+    with pytest.raises(CheckpointError, match=r"lr: 0\.1 there, 0\.2 now; model\.depth: 4 there, None now"):
+        checkpoint.require_same({"lr": 0.1, "model": {"depth": 4}, "b": [1]}, {"lr": 0.2, "b": (1,)}, "runs/x")
+
+
+def test_future_formats_are_refused(tmp_path):
+    path = save(tmp_path, 1)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoint.load(tmp_path)
+
+
+def test_find_and_newest_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.newest_run("finetune") is None
+    with pytest.raises(CheckpointError, match="Runs there: none"):
+        checkpoint.find("mine")
+    for i, (name, kind, method) in enumerate(
+        [("a", "pretrain", "self_flow"), ("b", "pretrain", "flow_matching"), ("c", "finetune", "self_flow")]
+    ):
+        path = save(tmp_path / "runs" / name / "checkpoint", 5, kind=kind, method=method)
+        os.utime(path, (1000 + i, 1000 + i))
+    assert checkpoint.newest_run("pretrain").name == "b"
+    assert checkpoint.newest_run("pretrain", "self_flow").name == "a"
+    assert checkpoint.newest_run("finetune", "flow_matching") is None
+    assert {checkpoint.find(p).resolve() for p in ("a", "runs/a", "runs/a/checkpoint", tmp_path / "runs" / "a")} == {
+        tmp_path / "runs" / "a" / "checkpoint"
+    }
+    with pytest.raises(CheckpointError, match="Runs there: a, b, c"):
+        checkpoint.find("d")
+
+
+def test_a_model_comes_back_with_its_scales(tmp_path):
+    packer = make_packer()
+    packer.codec.fit([make_batch()["video"]])
+    model, averaged = make_model(packer), make_model(packer, seed=1)
+    tensors = (
+        checkpoint.collect("model", model) | checkpoint.collect("ema", averaged) | checkpoint.collect("packer", packer)
+    )
+    checkpoint.save(tmp_path, 1, tensors, checkpoint.describe(model, packer))
+    for weights, original in (("ema", averaged), ("model", model)):
+        loaded, scales, _ = checkpoint.load_model(tmp_path, weights)
+        for (name, a), b in zip(loaded.state_dict().items(), original.state_dict().values()):
+            assert torch.equal(a, b), name
+    assert scales.layout == packer.layout
+    assert torch.equal(scales.pack(make_batch(), "joint_plan").x, packer.pack(make_batch(), "joint_plan").x)
+    tensors["ema.position.weight"] = tensors["ema.position.weight"][:3]
+    checkpoint.save(tmp_path, 2, tensors, checkpoint.describe(model, packer))
+    with pytest.raises(CheckpointError, match=r"position\.weight"):
+        checkpoint.load_model(tmp_path)

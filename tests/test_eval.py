@@ -1,0 +1,157 @@
+"""Evaluation: what results.json says, resuming, mixing refused. A fake world; one episode in the real one."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from fakes import LIMIT, InlineWorkers, LineEnv, LineExpert
+
+from envs.rollout import Demonstrator, HoldStill
+from experiments.eval_simpler import evaluate, run_episode, start_evaluating
+from selfflow_robot import checkpoint
+from selfflow_robot.config import EvalConfig
+from selfflow_robot.metrics import wilson_interval
+
+FATAL = 13  # a seed whose first attempt kills its worker
+
+
+def start(cfg, identity, folder):
+    env = LineEnv(width=cfg.width, height=cfg.height)
+    policies = {
+        "expert": lambda seed: Demonstrator(LineExpert(env), np.random.default_rng(seed)),
+        "hold": lambda seed: HoldStill(),
+        "checkpoint": lambda seed: HoldStill(),
+    }
+    work = partial(run_episode, env, policies[cfg.policy], cfg, folder)
+
+    def fatal_once(seed):
+        with open("tried.txt", "a") as file:
+            file.write(f"{seed}\n")
+        if seed == FATAL and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return work(seed)
+
+    return fatal_once
+
+
+def config(**kwargs):
+    line = {"policy": "expert", "name": "line", "width": 32, "height": 16, "first_seed": 10, "episodes": 5}
+    return EvalConfig(**{**line, "workers": 1, "video": False, **kwargs})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    monkeypatch.setattr("experiments.eval_simpler.Workers", InlineWorkers)
+
+
+def tried(folder) -> list[int]:
+    seeds = [int(line) for line in (folder / "tried.txt").read_text().split()]
+    (folder / "tried.txt").unlink()
+    return seeds
+
+
+def test_results_whatever_crashes(folder, capsys):
+    results = evaluate(config(workers=2), start)
+    assert json.loads((folder / "runs/line/results.json").read_text()) == results
+    assert [e["seed"] for e in results["episodes"]] == [10, 11, 12, 13, 14]
+    assert [e["success_final"] for e in results["episodes"]] == [True, True, True, True, False]  # 14 fails by design
+    assert all(e["steps"] == LIMIT and e["subgoals"]["drawer_opened"] for e in results["episodes"])
+    assert sorted(tried(folder)) == [10, 11, 12, 13, 13, 14]
+    low, high = wilson_interval(4, 5)
+    assert results["summary"]["success_final"] == {"k": 4, "n": 5, "rate": 0.8, "low": low, "high": high}
+    assert results["protocol"]["seeds"] == {"first": 10, "count": 5}
+    out = capsys.readouterr().out
+    assert "4/5" in out and "80.0%" in out and results["protocol_hash"] in out
+
+
+def test_the_same_command_runs_only_what_is_missing(folder, inline):
+    first = evaluate(config(episodes=3), start)
+    tried(folder)
+    (folder / "runs/line/episodes/seed_000011.json").write_text("{")  # damaged: counts as missing
+    second = evaluate(config(episodes=3), start)
+    assert tried(folder) == [11]
+    assert [e["success_final"] for e in second["episodes"]] == [e["success_final"] for e in first["episodes"]]
+    evaluate(config(first_seed=9, episodes=3), start)  # other seeds of the same measurement are welcome
+    assert tried(folder) == [9]
+    evaluate(config(episodes=2, resume=False), start)
+    assert tried(folder) == [10, 11]
+    assert not (folder / "runs/line/episodes/seed_000012.json").exists()
+
+
+@pytest.mark.parametrize("other", [{"policy": "hold"}, {"width": 64}, {"task": "open_top_drawer"}])
+def test_another_measurement_under_the_same_name_is_refused(folder, inline, other):
+    evaluate(config(episodes=1), start)
+    before = (folder / "runs/line/results.json").read_bytes()
+    with pytest.raises(ValueError, match=r"measured another .*--name.*--resume false"):
+        evaluate(config(episodes=1, **other), start)
+    assert (folder / "runs/line/results.json").read_bytes() == before
+    assert evaluate(config(episodes=1, resume=False, **other), start)["episodes"]
+
+
+def save_checkpoint(run: str, value: float, kind="finetune"):
+    import torch
+
+    checkpoint.save(f"runs/{run}/checkpoint", 1, {"ema.w": torch.full((2,), value)}, {"kind": kind})
+
+
+def test_a_checkpoint_is_known_by_its_content(folder, inline):
+    save_checkpoint("a", 1.0)
+    newest = evaluate(config(policy="checkpoint", episodes=1), start)
+    assert newest["checkpoint"] == "runs/a" and newest["policy_settings"] == {"execute": 4, "sample_steps": 8}
+    save_checkpoint("b", 1.0)  # the same tensors elsewhere are the same policy
+    evaluate(config(policy="checkpoint", checkpoint="b", episodes=1), start)
+    assert tried(folder) == [10]
+    save_checkpoint("a", 2.0)
+    with pytest.raises(ValueError, match="another checkpoint_hash"):
+        evaluate(config(policy="checkpoint", checkpoint="runs/a", episodes=1), start)
+    with pytest.raises(ValueError, match="another policy_settings"):
+        evaluate(config(policy="checkpoint", checkpoint="b", execute=2, episodes=1), start)
+
+
+def test_what_cannot_be_evaluated_says_why(folder, inline):
+    with pytest.raises(ValueError, match="unknown task 'fridge'; known: open_and_place"):
+        evaluate(config(task="fridge"), start)
+    with pytest.raises(ValueError, match="unknown policy 'random'; known: checkpoint, expert, hold"):
+        evaluate(config(policy="random"), start)
+    with pytest.raises(ValueError, match=r"python experiments/finetune\.py"):
+        evaluate(config(policy="checkpoint"), start)
+    with pytest.raises(ValueError, match="no checkpoint at nowhere"):
+        evaluate(config(policy="checkpoint", checkpoint="nowhere"), start)
+    save_checkpoint("backbone", 1.0, kind="pretrain")
+    with pytest.raises(ValueError, match=r"backbone.*--pretrained backbone"):
+        evaluate(config(policy="checkpoint", checkpoint="backbone"), start)
+
+
+def test_videos_show_every_step_and_the_outcome(folder):
+    run_episode(LineEnv(), lambda seed: HoldStill(), config(video=True), str(folder), 3)
+    record = json.loads((folder / "episodes/seed_000003.json").read_text())
+    with av.open(str(folder / record["video"])) as video:
+        stream = video.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
+    assert len(frames) == LIMIT + 6
+    red = frames[-1][-3, 3].astype(int)  # the bar of a failure
+    assert red[0] > red[1] + 60 and red[0] > red[2] + 60
+    grey = frames[0][-3, 3].astype(int)
+    assert np.ptp(grey) < 20
+
+
+@pytest.mark.sim
+def test_one_real_episode(folder):
+    cfg = config(task="open_top_drawer", width=64, height=48, video=True, policy="expert")
+    record = start_evaluating(cfg, {}, "runs/line")(11)
+    assert record["steps"] == 113 and record["success_any"] and set(record["subgoals"]) == {"drawer_opened"}
+    results = evaluate(EvalConfig(**{**vars(cfg), "first_seed": 11, "episodes": 1}), start)
+    assert results["episodes"] == [record]  # found, not run again

@@ -1,0 +1,146 @@
+import pytest
+import torch
+
+from selfflow_robot.codec import CodecConfig
+from selfflow_robot.model import PRESETS, Model, ModelConfig, attend, preset, rotate, rotation
+from selfflow_robot.tokens import GENERATED, Layout, Packer
+from tests.synthetic import SMALL, make_batch, make_model, make_packer
+
+PACKER = make_packer()
+MODES = ("policy", "joint_plan", "world_model", "inverse_dynamics", "video_prediction", "pretrain", "pretrain_all")
+
+
+def noised(mode, seed=0):
+    tokens = PACKER.pack(make_batch(), mode)
+    g = torch.Generator().manual_seed(seed)
+    t = torch.rand(tokens.x.shape[:2], generator=g)
+    t[:, : tokens.prefix] = 0
+    z = torch.randn(tokens.x.shape, generator=g)
+    z[:, : tokens.prefix] = tokens.x[:, : tokens.prefix]
+    return tokens, z, t
+
+
+def test_starts_as_the_zero_velocity():
+    tokens, z, t = noised("joint_plan")
+    velocity, _ = make_model(PACKER, zero=True)(z, t, tokens)
+    assert velocity.shape == z.shape
+    assert not velocity.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cached_prefix_gives_the_same_velocity(mode):
+    tokens, z, t = noised(mode)
+    model = make_model(PACKER).eval()
+    with torch.no_grad():
+        whole, _ = model(z, t, tokens)
+        cached, _ = model(z, t, tokens, cache=model.prefix_cache(tokens))
+    assert whole.abs().max() > 0.1
+    torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_given_tokens_do_not_see_the_rest(mode):
+    """The prefix's keys and values in the whole network are those computed without the rest."""
+    tokens, z, t = noised(mode)
+    model = make_model(PACKER).eval()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, result: seen.append(result[1]))
+    with torch.no_grad():
+        model(z, t, tokens)
+        whole, seen = seen, []
+        model(torch.where(tokens.where("given")[..., None], z, z + 1), t, tokens)
+    for (k1, v1), (k2, v2) in zip(whole, seen):
+        assert torch.equal(k1, k2) and torch.equal(v1, v2)
+    if tokens.prefix:
+        assert whole[-1][0].abs().max() > 0
+
+
+def test_each_token_has_its_own_noise_level():
+    tokens, z, t = noised("joint_plan")
+    model = make_model(PACKER).eval()
+    constant, _ = model(z, torch.full_like(t, 0.3), tokens)
+    last = t.clone().fill_(0.3)
+    last[:, -1] = 0.9
+    changed, _ = model(z, last, tokens)
+    assert not torch.allclose(constant[:, -1], changed[:, -1])
+    # permuting samples permutes results: a level belongs to its sample
+    swapped, _ = model(
+        z.flip(0),
+        t.flip(0),
+        PACKER.pack({k: v.flip(0) if torch.is_tensor(v) else v[::-1] for k, v in make_batch().items()}, "joint_plan"),
+    )
+    torch.testing.assert_close(swapped.flip(0), model(z, t, tokens)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_features_of_a_layer_and_of_the_shortened_network_agree():
+    tokens, z, t = noised("joint_plan")
+    model = make_model(PACKER).eval()
+    for layer in (1, 2, 4):
+        _, features = model(z, t, tokens, feature_layer=layer)
+        assert features.shape == (2, z.shape[1] - tokens.prefix, SMALL.width)
+        torch.testing.assert_close(model.features(z, t, tokens, layer), features, atol=1e-5, rtol=1e-5)
+
+
+def test_shortened_network_does_not_run_later_blocks():
+    tokens, z, t = noised("policy")
+    model = make_model(PACKER)
+    model.blocks[2] = None  # would fail
+    assert model.features(z, t, tokens, 2).isfinite().all()
+
+
+def test_given_frames_are_seen_in_every_pixel():
+    """A stripe pattern that the latents drop changes the velocity."""
+    batch = make_batch()
+    tokens = PACKER.pack(batch, "policy")
+    stripes = tokens.frames.clone()
+    stripes[:, :, ::2] += 0.5
+    stripes[:, :, 1::2] -= 0.5
+    model = make_model(PACKER).eval()
+    t, z = torch.zeros(tokens.x.shape[:2]), tokens.x
+    changed = type(tokens)(**{**vars(tokens), "frames": stripes})
+    assert not torch.allclose(model(z, t, tokens)[0], model(z, t, changed)[0])
+
+
+def test_rotary_depends_on_differences_only():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 1, 32, generator=g), torch.randn(1, 2, 1, 32, generator=g)
+    ids = torch.tensor([[0.0, 1, 2, 3], [4.0, 3, 7, 2]])
+    dots = []
+    for offset in (0.0, 5.0):
+        rotary = rotation(ids + offset, 32)
+        dots.append((rotate(q, *rotary)[:, 0] * rotate(k, *rotary)[:, 1]).sum())
+    torch.testing.assert_close(dots[0], dots[1])
+    assert (rotate(q, *rotation(ids, 32)).norm(dim=-1) - q.norm(dim=-1)).abs().max() < 1e-5
+
+
+def test_attention_for_training_equals_torchs():
+    q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = attend(q, k, v)
+    torch.testing.assert_close(attend(q.requires_grad_(), k, v), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_learns():
+    """In some mode, after the zero initialisation is left."""
+    model = make_model(PACKER)
+    for mode in ("joint_plan", "inverse_dynamics"):
+        tokens, z, t = noised(mode)
+        velocity, features = model(z, t, tokens, feature_layer=2)
+        (
+            velocity[tokens.where(GENERATED).expand(2, -1)].square().sum() + model.projector(features).square().sum()
+        ).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_presets_have_the_sizes_they_claim():
+    channels = Packer(Layout(), CodecConfig()).channels
+    sizes = {
+        name: sum(p.numel() for p in Model(config, channels).parameters()) / 1e6 for name, config in PRESETS.items()
+    }
+    assert 4 < sizes["tiny"] < 5
+    assert 20 < sizes["small"] < 26
+    with pytest.raises(ValueError, match="choose one of tiny, small"):
+        preset("huge")
+    with pytest.raises(ValueError, match="multiple of 8"):
+        ModelConfig(width=100, heads=5)
