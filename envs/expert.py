@@ -25,6 +25,7 @@ INSIDE_X = 0.02  # the inside of an open drawer begins here, behind is the cabin
 COUNTER_Z, COUNTER_X = 0.882, 0.02  # the cabinet's top and its front edge
 PANEL_HALF_WIDTH = 0.3
 HOOK_HALF_WIDTH = 0.17  # |y| where the hand clears the drawer's sides with margin
+OPEN_ENOUGH, CLOSED_ENOUGH = 0.17, 0.02  # m; success asks for 0.15 and 0.05
 FINGERS_SHUT = 0.3  # opening below which nothing is between the fingers (closed: 0.17)
 FINGERS_ON_OBJECT = 0.62  # opening below which closing fingers have reached the apple
 
@@ -155,7 +156,7 @@ def close_drawer(s: State, edge: float, style: Style) -> Waypoint:
     return Waypoint(np.array([mix(front + 0.07, s.p[0] - MAX_STEP, aligned), y, z]), rotation, 0)
 
 
-def go_home(s: State, edge: float, home: sapien.Pose, style: Style) -> Waypoint:
+def go_home(s: State, edge: float, home: sapien.Pose) -> Waypoint:
     """Up and out of the drawer, then to the start pose with open fingers."""
     rotation = Rotation.from_quat(home.q, scalar_first=True)
     x, z = s.p[0] - s.drawer - PANEL_BACK, s.p[2] - edge
@@ -185,9 +186,6 @@ def place(s: State, edge: float, home: sapien.Pose, style: Style) -> Waypoint:
     middle = (INSIDE_X + s.drawer) / 2  # x where the object falls in the middle of the opening
     over = abs(apple[0] - middle) < 0.04 and abs(apple[1]) < 0.22
 
-    # In the drawer: done.
-    if in_drawer(s, edge):
-        return go_home(s, edge, home, style)._replace(gripper=1)
     # Over the opening and low: let go.
     if near and over and s.p[2] < style.release_height + 0.03:
         return Waypoint(s.p, s.rotation, 1)
@@ -197,6 +195,9 @@ def place(s: State, edge: float, home: sapien.Pose, style: Style) -> Waypoint:
         above = ramp(abs(s.p[0] - middle), 0.06, 0.03)
         goal = np.array([mix(s.p[0], middle, lifted), s.p[1], mix(style.carry_height, style.release_height, above)])
         return Waypoint(goal, rotation, 0)
+    # Fallen off the counter: out of reach, or on its way into the drawer.
+    if apple[2] < COUNTER_Z:
+        return go_home(s, edge, home)._replace(gripper=1)
     # Fingers around it: close.
     across = np.linalg.norm(s.rotation.as_matrix()[:, :2].T @ reach)  # miss across the hand
     along = s.rotation.as_matrix()[:, 2] @ reach
@@ -215,53 +216,45 @@ def place(s: State, edge: float, home: sapien.Pose, style: Style) -> Waypoint:
 
 
 class Expert:
-    """`act()` gives the action for the state the scene is in now.
+    """A policy that sees the simulator's state. `style` holds the constants of the episode, the only thing it keeps.
 
-    Args: env, the environment or anything around it; rng draws each episode's style; variation 0 (nominal) to 1.
+    Args: env, a SIMPLER environment or anything around it; rng draws a style at each `reset`; variation 0 (the nominal
+    style) to 1 (`SPREAD`).
     """
 
     def __init__(self, env, rng: np.random.Generator | None = None, variation: float = 1.0):
         self.sim = env.unwrapped
         self.rng, self.variation = rng or np.random.default_rng(), variation
-        self.reset()
+        self.style, self.home = Style(), home_pose(self.sim)
 
     def reset(self):
         """Draw the constants of the next episode."""
         self.style = draw_style(self.rng, self.variation)
 
     def act(self) -> tuple[np.ndarray, bool]:
-        """The canonical action, float32 (7,), and whether the first subtask is finished."""
+        """The action for the state now, canonical float32 (7,), and whether the first of two subtasks is finished:
+        the drawer is open and the arm back at its start pose, so that the caller may ask for the second one.
+        """
         s = read_state(self.sim)
-        waypoint = self._waypoint(s)
-        return self._towards(s, waypoint), self._opened(s)
+        home = s.base * self.home
+        arrived = np.linalg.norm(home.p - s.p) < 0.08
+        done_subtask = bool(self.sim.task.kind == "place" and s.drawer > OPEN_ENOUGH and arrived)
+        return self._towards(s, self._waypoint(s, home)), done_subtask
 
-    def _opened(self, s: State) -> bool:
-        """The drawer is open and the arm out of the way."""
-        home = self._home(s)
-        away = np.linalg.norm(home.p - s.p) < 0.08
-        return self.sim.task.kind == "place" and s.drawer >= 0.18 and away
-
-    def _home(self, s: State) -> sapien.Pose:
-        return s.base * home_pose(self.sim)
-
-    def _waypoint(self, s: State) -> Waypoint:
+    def _waypoint(self, s: State, home: sapien.Pose) -> Waypoint:
         task, style = self.sim.task, self.style
         edge = PANEL_TOP[task.drawer]
-        match task.kind:
-            case "open":
-                return open_drawer(s, edge, style)
-            case "close":
-                return close_drawer(s, edge, style)
-        home = self._home(s)
-        if in_drawer(s, edge):
-            return go_home(s, edge, home, style)._replace(gripper=1)
+        if task.kind == "close":
+            return close_drawer(s, edge, style) if s.drawer > CLOSED_ENOUGH else go_home(s, edge, home)
+        if task.kind == "place" and in_drawer(s, edge):
+            return go_home(s, edge, home)._replace(gripper=1)
+        # A hooked hand pulls on to `pull_to`; a free one comes back only if the drawer is not open enough.
         hooked = s.p[2] < edge and s.p[0] < s.drawer + PANEL_BACK
-        if s.drawer < (style.pull_to if hooked else 0.17):
+        if s.drawer < (style.pull_to if hooked else OPEN_ENOUGH):
             return open_drawer(s, edge, style)
-        out = s.p[2] > edge + 0.09
-        if self.sim.is_final_subtask() and out:
+        if task.kind == "place" and self.sim.is_final_subtask() and s.p[2] > edge + 0.09:
             return place(s, edge, home, style)
-        return go_home(s, edge, home, style)
+        return go_home(s, edge, home)
 
     def _towards(self, s: State, goal: Waypoint) -> np.ndarray:
         """One clipped step to the waypoint in the base frame, shortened where inverse kinematics fails."""

@@ -8,7 +8,7 @@ Adds proprioception, text and actions; every batch draws one of the role assignm
 checkpoint/, metrics.jsonl, config.json. Interrupt it at any time: the same command continues.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from selfflow_robot.config import FinetuneConfig, run
@@ -64,7 +64,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
 
     def loss_fn(model, teacher, batch, generator):
         mode = names[torch.multinomial(weights, 1, generator=generator)]
-        total, terms = loss(model, teacher, packer.pack(batch, mode), objective, generator)
+        config = replace(objective, draws=cfg.draws if mode == "policy" else 1)
+        total, terms = loss(model, teacher, packer.pack(batch, mode), config, generator)
         return total, {name if name == "loss" else f"{name}/{mode}": term for name, term in terms.items()}
 
     batch = held_out(dataset, layout)

@@ -76,16 +76,17 @@ class FinetuneConfig(TrainingConfig):
     pretrained: str | None = key(None, "run or folder; default the newest pretraining by `method`; none: from scratch")
     self_flow_terms: bool = key(False, "keep Self-Flow's terms in fine-tuning (off: both arms learn the same loss)")
     steps: int = key(4000, "updates")
-    lr: float = key(5e-4, "peak learning rate")
+    lr: float = key(1e-3, "peak learning rate")
     past: list[int] = key([0], "frames given, in control steps (0: now)")
     future: list[int] = key([8], "frames predicted")
     horizon: int = key(8, "actions predicted from now on")
     modes: dict[str, float] = key(
-        {"policy": 0.6, "joint_plan": 0.1, "world_model": 0.15, "inverse_dynamics": 0.1, "video_prediction": 0.05},
+        {"policy": 0.7, "joint_plan": 0.06, "world_model": 0.12, "inverse_dynamics": 0.08, "video_prediction": 0.04},
         "probability of each role assignment, drawn per batch",
     )
     video_weight: float = key(1.0, "of the video loss (mean over tokens and channels)")
     action_weight: float = key(1.0, "of the action loss")
+    draws: int = key(4, "noise draws per window in mode policy; the observation is computed once for all of them")
     levels: str = key("uniform", "distribution of noise levels: logit_normal or uniform")
     shift: float = key(1.0, "of the noise levels towards noise")
     low_snr: float = key(0.0, "share of noise levels drawn from U[0.95, 1]")

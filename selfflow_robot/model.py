@@ -49,7 +49,7 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]
 
 
-Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values of the prefix, (B, H, P, E)
+Cache = list[tuple[Tensor, Tensor] | None]  # per block: keys and values of the prefix, (B, H, P, E); None: no prefix
 
 
 def precision(device: torch.device | str):
@@ -88,6 +88,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(shift.dtype), scale)
 
 
+def one_level(t: Tensor) -> Tensor:
+    """(B, n) -> (B, 1) where the tokens of each sample share a level: modulating them is then much less work. Not on a
+    GPU, where looking would stall it."""
+    return t[:, :1] if t.device.type == "cpu" and bool((t == t[:, :1]).all()) else t
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -102,33 +108,33 @@ class Block(nn.Module):
         self.offset = nn.Parameter(torch.zeros(6, D))
 
     def forward(
-        self, x: Tensor, modulation: tuple, rotary: tuple, prefix: int, past: tuple | None, only_rest: bool
+        self, x: Tensor, modulation: tuple, rotary: tuple, past: tuple | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (B, N, D), modulation 6 x (B, N, D) -> x and the prefix's keys and values.
-
-        past: keys and values of a prefix that is not in x (then `prefix` is 0). only_rest: return x without the
-        prefix, whose last queries nobody needs.
-        """
-        offset = self.offset.to(modulation[0].dtype)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (a + b for a, b in zip(modulation, offset))  # (B, N, D)
-        q, k, v = self.qkv(modulate(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, H, E)
-        q, k = (
-            rotate(F.layer_norm(a, a.shape[-1:], g.to(a.dtype)), *rotary)
-            for a, g in ((q, self.norm_q), (k, self.norm_k))
-        )
-        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, H, N, E)
-        kept = k[:, :, :prefix], v[:, :, :prefix]
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        parts = [attend(q[:, :, :prefix], *kept)] if prefix and not only_rest else []
-        if q.shape[2] > prefix:
-            parts.append(attend(q[:, :, prefix:], k, v))
-        mixed = torch.cat(parts, 2).transpose(1, 2).flatten(2)  # (B, N or M, D)
-        if only_rest:
-            x, gate1, shift2, scale2, gate2 = (a[:, prefix:] for a in (x, gate1, shift2, scale2, gate2))
-        x = x + gate1 * self.out(mixed)
+        """x (B, n, D), modulation 6 x (B or 1, n or 1, D), past: keys and values of the prefix, which everything sees
+        -> x, and its own keys and values (B, H, n, E)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
+        q, k, v = self.project(modulate(x, shift1, scale1), rotary)  # (B, H, n, E)
+        everything = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
+        x = x + gate1 * self.out(attend(q, *everything).transpose(1, 2).flatten(2))
         gate, hidden = self.up(modulate(x, shift2, scale2)).chunk(2, -1)
-        return x + gate2 * self.down(F.silu(gate) * hidden), kept
+        return x + gate2 * self.down(F.silu(gate) * hidden), (k, v)
+
+    def keys(self, x: Tensor, modulation: tuple, rotary: tuple) -> tuple[Tensor, Tensor]:
+        """Keys and values alone: what is needed of the prefix in the last block."""
+        shift, scale = self.modulation(modulation)[:2]
+        return self.project(modulate(x, shift, scale), rotary)[1:]
+
+    def modulation(self, shared: tuple) -> list[Tensor]:
+        return [a + b for a, b in zip(shared, self.offset.to(shared[0].dtype))]
+
+    def project(self, x: Tensor, rotary: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, n, D) -> queries, keys, values (B, H, n, E)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, n, H, E)
+        q, k = (
+            rotate(F.layer_norm(a, a.shape[-1:], scale.to(a.dtype)), *rotary)
+            for a, scale in ((q, self.norm_q), (k, self.norm_k))
+        )
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Model(nn.Module):
@@ -173,49 +179,51 @@ class Model(nn.Module):
         """z (B, N, C) noised, t (B, N) -> velocity (B, N, C), zero on given tokens, and features (B, M, D) of the
         tokens that are not given after block `feature_layer` (1 is the first; 0: none). With `cache` the prefix is not
         computed again."""
-        P = tokens.prefix
-        x, modulation, level = self._start(z, t, tokens, skip=P if cache else 0)
-        prefix, features = 0 if cache else P, None
-        rotary = rotation(tokens.ids[P - prefix :], self.config.width // self.config.heads)
-        for i, block in enumerate(self.blocks, 1):
-            last = i == len(self.blocks)
-            x, _ = block(x, modulation, rotary, prefix, cache[i - 1] if cache else None, only_rest=last)
+        P, features = tokens.prefix, None
+        x, modulation, level = self._start(z, t[:, P:], tokens, P, z.shape[1])
+        rotary = self._rotary(tokens, P, z.shape[1])
+        cache = self.prefix_cache(z, t, tokens) if cache is None else cache
+        for i, (block, past) in enumerate(zip(self.blocks, cache), 1):
+            x, _ = block(x, modulation, rotary, past)
             if i == feature_layer:
-                features = x if last else x[:, prefix:]
-        shift, scale = self.last_modulation(level[:, prefix:]).chunk(2, -1)
+                features = x
+        shift, scale = self.last_modulation(level).chunk(2, -1)
         return self._heads(modulate(x, shift, 1 + scale), z, tokens), features
 
-    def features(self, z: Tensor, t: Tensor, tokens: Tokens, layer: int) -> Tensor:
+    def features(self, z: Tensor, t: Tensor, tokens: Tokens, layer: int, cache: Cache | None = None) -> Tensor:
         """Features (B, M, D) after block `layer`, as in `forward`; later blocks are not computed."""
-        x, modulation, _ = self._start(z, t, tokens)
-        rotary = rotation(tokens.ids, self.config.width // self.config.heads)
-        for i, block in enumerate(self.blocks[:layer], 1):
-            x, _ = block(x, modulation, rotary, tokens.prefix, None, only_rest=i == layer)
+        P = tokens.prefix
+        x, modulation, _ = self._start(z, t[:, P:], tokens, P, z.shape[1])
+        rotary = self._rotary(tokens, P, z.shape[1])
+        cache = self.prefix_cache(z, t, tokens, layer) if cache is None else cache
+        for block, past in zip(self.blocks[:layer], cache):
+            x, _ = block(x, modulation, rotary, past)
         return x
 
-    def prefix_cache(self, tokens: Tokens) -> Cache:
-        """Keys and values of the given tokens, at t = 0. Empty where nothing is given."""
-        P = tokens.prefix
+    def prefix_cache(self, z: Tensor, t: Tensor, tokens: Tokens, layers: int | None = None) -> Cache:
+        """Keys and values of the given tokens of z (B, N, C) at t (B, N) in the first `layers` blocks (None: all); None
+        per block where nothing is given."""
+        blocks, P = self.blocks[:layers], tokens.prefix
         if not P:
-            return []
-        x, modulation, _ = self._start(
-            tokens.x, torch.zeros(tokens.x.shape[:2], device=tokens.x.device), tokens, stop=P
-        )
-        rotary = rotation(tokens.ids[:P], self.config.width // self.config.heads)
-        cache = []
-        for block in self.blocks:
-            x, kept = block(x, modulation, rotary, P, None, only_rest=False)
+            return [None] * len(blocks)
+        x, modulation, _ = self._start(z, t[:, :P], tokens, 0, P)
+        rotary, cache = self._rotary(tokens, 0, P), []
+        for block in blocks[:-1]:
+            x, kept = block(x, modulation, rotary)
             cache.append(kept)
-        return cache
+        return [*cache, blocks[-1].keys(x, modulation, rotary)]
+
+    def _rotary(self, tokens: Tokens, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return rotation(tokens.ids[start:stop], self.config.width // self.config.heads)
 
     def _start(
-        self, z: Tensor, t: Tensor, tokens: Tokens, skip: int = 0, stop: int | None = None
+        self, z: Tensor, t: Tensor, tokens: Tokens, start: int, stop: int
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """Tokens [skip, stop) -> x (B, n, D), modulation 6 x (B, n, D), level (B, n, D). Cuts fall between spans."""
-        stop = z.shape[1] if stop is None else stop
+        """Tokens [start, stop) and their levels t (B or 1, n or 1) -> x (B, n, D), modulation 6 x (B, n, D) and level
+        (B, n, D), n = 1 in both where one level serves all tokens of a sample. Cuts fall between spans."""
         parts = []
         for span in tokens.spans:
-            if not skip <= span.start < stop:
+            if not start <= span.start < stop:
                 continue
             if span.kind == "text":
                 x = self.text(self.bytes(tokens.text.long()).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2))
@@ -224,8 +232,8 @@ class Model(nn.Module):
                 if span.kind == "video" and span.role == GIVEN:
                     x = x + self._see(tokens.frames)
             parts.append(x)
-        x = torch.cat(parts, 1) + self.position(fourier(tokens.ids[skip:stop]))
-        level = self.level(embed_level(t[:, skip:stop], LEVEL_DIM))
+        x = torch.cat(parts, 1) + self.position(fourier(tokens.ids[start:stop]))
+        level = self.level(embed_level(one_level(t), LEVEL_DIM))
         return x, self.modulation(level).chunk(6, -1), level
 
     def _see(self, frames: Tensor) -> Tensor:  # (B, T, H, W, 3) -> (B, T h w, D)

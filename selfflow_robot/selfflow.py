@@ -6,7 +6,7 @@ the student, sees every generated token at min(t, s) with the same noise and sto
 predicts those features from its own, earlier ones (section 3.4). Given tokens keep a level of their own, the same for
 both, and are in neither loss.
 
-B batch, N tokens, M of them not given, C channels, D width.
+B batch (windows times draws), N tokens, M of them not given, C channels, D width.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,8 @@ class SelfFlowConfig:
     feature_weight: float = 0.8
     student_layer: float = 0.3  # of the depth, rounded
     teacher_layer: float = 0.7
-    given_noise: float = 0.0  # given frames are noised to t ~ U(0, this): 0.2 in pretraining
+    given_noise: float = 0.0  # what is given is noised to t ~ U(0, this): 0.2 in pretraining, where it is a frame
+    draws: int = 1  # of noise and levels per window; they share the given tokens, which are computed once
     video_weight: float = 1.0  # of the mean over video tokens
     action_weight: float = 1.0
 
@@ -53,17 +54,18 @@ class Draw:
     t: Tensor  # (B, 1)
     s: Tensor  # (B, 1)
     masked: Tensor  # bool (B, N), where s is used
-    given: Tensor  # (B, 1), level of the given frames
+    given: Tensor  # (B, 1), level of the given tokens
     noise: Tensor  # (B, N, C)
     pixel_noise: Tensor | None  # as tokens.frames
 
 
 def draw(tokens: Tokens, config: SelfFlowConfig, generator: torch.Generator) -> Draw:
-    B, N, _ = tokens.x.shape
+    """For windows (B, ...): `config.draws` rows each, one after another; the level of the given frames is shared."""
+    B, N = tokens.x.shape[0] * config.draws, tokens.x.shape[1]
     t, s = config.levels.draw((2, B, 1), generator)
     masked = torch.rand(B, N, generator=generator) < config.mask_ratio  # a Bernoulli, not a fixed count
-    given = config.given_noise * torch.rand(B, 1, generator=generator)
-    noise = torch.randn(tokens.x.shape, generator=generator)
+    given = config.given_noise * torch.rand(len(tokens.x), 1, generator=generator).repeat_interleave(config.draws, 0)
+    noise = torch.randn((B, *tokens.x.shape[1:]), generator=generator)
     seen = tokens.frames is not None and config.given_noise > 0
     pixel_noise = torch.randn(tokens.frames.shape, generator=generator) if seen else None
     drawn = (a if a is None else a.to(tokens.x.device) for a in (t, s, masked, given, noise, pixel_noise))
@@ -76,33 +78,42 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scalar loss and its terms. The student has the gradient; the teacher may be None with method flow_matching."""
     d = draw(tokens, config, generator)
-    generated, hidden, seen = tokens.where(GENERATED), tokens.where(HIDDEN), tokens.where("given", "video")
+    generated, hidden = tokens.where(GENERATED), tokens.where(HIDDEN)
     if d.pixel_noise is not None:
-        level = d.given[..., None, None]  # (B, 1, 1, 1); interpolate adds the channel axis
+        level = d.given[:: config.draws, :, None, None]  # (B, 1, 1, 1); interpolate adds the channel axis
         tokens = replace(tokens, frames=interpolate(tokens.frames, d.pixel_noise, level)[0])
 
+    rows = tokens.repeat(config.draws)
+
+    def shared(model, z, tau, layers=None):  # the prefix once per window, for all its draws
+        cache = model.prefix_cache(z[:: config.draws], tau[:: config.draws], tokens, layers)
+        return [kv and tuple(a.repeat_interleave(config.draws, 0) for a in kv) for kv in cache]
+
     def levels(tau):  # (B, 1) or (B, N) for generated tokens -> (B, N) for all
-        return torch.where(generated, tau, torch.where(seen, d.given, hidden.float()))
+        return torch.where(generated, tau, torch.where(hidden, 1.0, d.given))
 
     self_flow = config.method == "self_flow"
     student_layer, teacher_layer = config.layers(student.config.depth)
     tau = levels(torch.where(d.masked, d.s, d.t) if self_flow else d.t)
-    z, velocity = interpolate(tokens.x, d.noise, tau)
-    predicted, features = student(z, tau, tokens, feature_layer=student_layer if self_flow else 0)
+    z, velocity = interpolate(rows.x, d.noise, tau)
+    feature_layer = student_layer if self_flow else 0
+    predicted, features = student(z, tau, rows, feature_layer, shared(student, z, tau))
 
     terms = {}
     total = torch.zeros((), device=tokens.x.device)
     for kind, weight in (("video", config.video_weight), ("action", config.action_weight)):
-        rows, channels = tokens.rows(kind, GENERATED), student.channels[kind]
-        if rows.stop > rows.start:
-            error = (predicted - velocity)[:, rows, :channels].square().mean(-1)  # (B, n)
-            counted = tokens.weight[:, rows]
+        span, channels = tokens.rows(kind, GENERATED), student.channels[kind]
+        if span.stop > span.start:
+            error = (predicted - velocity)[:, span, :channels].square().mean(-1)  # (B, n)
+            counted = rows.weight[:, span]
             terms[f"loss_{kind}"] = (error * counted).sum() / counted.sum().clamp_min(1)
             total = total + weight * terms[f"loss_{kind}"]
     if self_flow:
         cleaner = levels(torch.minimum(d.t, d.s))
         with torch.no_grad():
-            target = teacher.features(interpolate(tokens.x, d.noise, cleaner)[0], cleaner, tokens, teacher_layer)
+            z = interpolate(rows.x, d.noise, cleaner)[0]
+            cache = shared(teacher, z, cleaner, teacher_layer)
+            target = teacher.features(z, cleaner, rows, teacher_layer, cache)
         projected = student.projector(features)
         cosine = F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()  # over (B, M)
         terms["cosine"] = cosine

@@ -7,7 +7,7 @@ B batch, T frames, h x w patches, N tokens, C channels (the widest kind's; narro
 L bytes, H horizon.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,12 @@ class Tokens:
     @property
     def prefix(self) -> int:
         return sum(span.stop - span.start for span in self.spans if span.role == GIVEN)
+
+    def repeat(self, times: int) -> "Tokens":
+        """Every row `times` times, one after another. What only the given tokens need stays as it is."""
+        if times == 1:
+            return self
+        return replace(self, x=self.x.repeat_interleave(times, 0), weight=self.weight.repeat_interleave(times, 0))
 
     def where(self, role: str, kind: str | None = None) -> Tensor:
         """bool (1, N)."""
@@ -202,7 +208,7 @@ def generate(model, tokens: Tokens, steps: int, generator: torch.Generator, alph
     noise = torch.randn(tokens.x.shape, generator=generator).to(tokens.x.device)
     generated, hidden = tokens.where(GENERATED), tokens.where(HIDDEN)
     z = torch.where((generated | hidden)[..., None], noise, tokens.x)
-    cache = model.prefix_cache(tokens)
+    cache = model.prefix_cache(tokens.x, torch.zeros_like(z[..., 0]), tokens)
     return sample(lambda z, t: model(z, t, tokens, cache=cache)[0], z, generated, hidden, steps, alpha)
 
 
