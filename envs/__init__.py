@@ -5,7 +5,7 @@ import gymnasium as gym
 from envs.tasks import TASKS, get_task
 
 
-def simpler(task: str, **kwargs):
+def build(task: str, **kwargs):
     """Entry point of the registered environments: canonical observation and action around one SIMPLER scene."""
     from envs.simpler import CanonicalEnv, SimplerEnv  # SAPIEN is only loaded when a scene is built
 
@@ -24,7 +24,7 @@ for _task in TASKS:
     for _name in (_task.short, _task.name):
         gym.register(
             id=f"simpler/{_name}-v0",
-            entry_point="envs:simpler",
+            entry_point="envs:build",
             max_episode_steps=_task.max_steps,
             kwargs={"task": _task.short},
             disable_env_checker=True,

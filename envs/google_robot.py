@@ -25,14 +25,6 @@ from envs.assets import asset
 
 DESCRIPTION = "mani_skill2_real2sim/assets/descriptions/googlerobot_description"
 URDF = DESCRIPTION + "/google_robot_meta_sim_fix_wheel_fix_fingertip{}.urdf"
-# The four visual-matching arms: same geometry, recoloured (spec 1.1).
-URDF_VERSIONS = (
-    "",
-    "recolor_tabletop_visual_matching_1",
-    "recolor_tabletop_visual_matching_2",
-    "recolor_cabinet_visual_matching_1",
-)
-
 SIM_FREQ, CONTROL_FREQ = 513, 3
 BASE_HEIGHT = 0.07905  # m
 INIT_QPOS = {  # rad

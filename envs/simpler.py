@@ -22,17 +22,18 @@ from envs.google_robot import (
     FINGER_RANGE,
     SIM_FREQ,
     SOLVER_ITERATIONS,
-    URDF_VERSIONS,
     GoogleRobot,
     by_plain_name,
     contact_impulse,
 )
-from envs.tasks import OVERLAY, POSES, get_task, next_episode_seed
+from envs.tasks import OVERLAY, POSES, URDF_VERSIONS, Task, get_task, next_episode_seed
 from selfflow_robot.interfaces import PROPRIO_DIM, Observation
 
 CABINET = "data/custom/mk_station_recolor.urdf"
 CABINET_POSE = sapien.Pose([-0.295, 0, 0.017])
 MODELS = "data/custom/models/"
+OBJECT_DAMPING = 0.1  # linear and angular
+CABINET_TOP, CABINET_TOP_Z = [0.315, 0.3075, 0.01], 0.855  # m, half size and centre in the cabinet's frame
 DROP_HEIGHT = 0.87 + 0.5  # m, spec 3.0
 SOLVER_VELOCITY_ITERATIONS = 4
 OPEN_QPOS, CLOSED_QPOS, PLACED_QPOS, CLOSE_START = 0.15, 0.05, 0.05, 0.2  # m, success thresholds and start
@@ -105,17 +106,11 @@ class SimplerEnv(BaseEnv):
 
         self.object = None
         if self.task.model_id:
-            folder = MODELS + self.task.model_id
-            material = sapien.physx.PhysxMaterial(0.5, 0.5, 0.0)
-            builder = self.scene.create_actor_builder()
-            builder.add_multiple_convex_collisions_from_file(
-                str(asset(folder + "/collision.obj")), material=material, density=self.task.density
-            )
-            builder.add_visual_from_file(str(asset(folder + "/textured.glb")))
+            builder = object_builder(self.scene.create_actor_builder(), self.task)
             builder.initial_pose = sapien.Pose([0, 0, DROP_HEIGHT])
             self.object = builder.build("object")._objs[0]
             self.object_body = self.object.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
-            self.object_body.linear_damping = self.object_body.angular_damping = 0.1
+            self.object_body.linear_damping = self.object_body.angular_damping = OBJECT_DAMPING
             if self.scene.can_render():
                 light_up_baked_textures(self.object)
 
@@ -179,34 +174,48 @@ class SimplerEnv(BaseEnv):
         robot.set_qvel(np.zeros(robot.dof, dtype=np.float32))
         robot.set_qf(np.zeros(robot.dof, dtype=np.float32))
         if self.object:
-            robot.set_root_pose(sapien.Pose([-10, 0, 0]))
-            self._settle(np.asarray(episode["object_xy"]))
-        robot.set_qpos(self.agent.init_qpos())
-        robot.set_qvel(np.zeros(robot.dof, dtype=np.float32))
+            self.object.set_pose(self._settled(episode["object_xy"]))
+            self.object_body.linear_velocity = self.object_body.angular_velocity = np.zeros(3, dtype=np.float32)
         base = Rotation.from_euler("z", np.pi + yaw).as_quat(scalar_first=True)
         robot.set_root_pose(sapien.Pose([x, y, BASE_HEIGHT], base))
 
         self.subtask, self.contact_steps, self.grasped = 0, 0, False
         self.was_open = False
 
-    def _settle(self, xy):
-        """Drop the object without tilting, release it, wait until it rests (spec 3.0)."""
-        body, start = self.object_body, sapien.Pose([*xy, DROP_HEIGHT])
-        self.object.set_pose(start)
-        still = np.zeros(3, dtype=np.float32)
-        body.set_locked_motion_axes([False, False, False, True, True, False])
-        body.linear_velocity = body.angular_velocity = still
-        self._simulate(0.5)
-        body.set_locked_motion_axes([False] * 6)
-        self.object.set_pose(self.object.pose)
-        body.linear_velocity = body.angular_velocity = still
-        self._simulate(0.5)
-        if np.linalg.norm(body.linear_velocity) > 1e-3 or np.linalg.norm(body.angular_velocity) > 1e-2:
-            self._simulate(1.5)
+    def _settled(self, xy) -> sapien.Pose:
+        """Where the object comes to rest on the cabinet: dropped without tilting, released, waited for (spec 3.0).
 
-    def _simulate(self, seconds: float):
-        for _ in range(int(SIM_FREQ * seconds)):
-            self.scene.px.step()
+        In a scene of its own, with upstream's solver (TGS) and without the robot, which is parked far away there too:
+        0.03 mm from upstream, where the solver of the robot's scene would let the object roll 3 mm further.
+        """
+        self._set_scene_config()
+        sapien.physx.set_scene_config(enable_pcm=False, enable_tgs=True)
+        sapien.physx.set_body_config(solver_position_iterations=SOLVER_ITERATIONS, solver_velocity_iterations=1)
+        scene = sapien.Scene([sapien.physx.PhysxCpuSystem()])
+        scene.set_timestep(1 / SIM_FREQ)
+        top = scene.create_actor_builder()
+        top.add_box_collision(half_size=CABINET_TOP)
+        top.build_static().set_pose(CABINET_POSE * sapien.Pose([0, 0, CABINET_TOP_Z]))
+        thing = object_builder(scene.create_actor_builder(), self.task, visual=False).build()
+        self._set_scene_config()
+        body = thing.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
+        body.linear_damping = body.angular_damping = OBJECT_DAMPING
+        still = np.zeros(3, dtype=np.float32)
+
+        def simulate(seconds: float):
+            for _ in range(int(SIM_FREQ * seconds)):
+                scene.step()
+
+        thing.set_pose(sapien.Pose([*xy, DROP_HEIGHT]))
+        body.set_locked_motion_axes([False, False, False, True, True, False])
+        simulate(0.5)
+        body.set_locked_motion_axes([False] * 6)
+        thing.set_pose(thing.pose)
+        body.linear_velocity = body.angular_velocity = still
+        simulate(0.5)
+        if np.linalg.norm(body.linear_velocity) > 1e-3 or np.linalg.norm(body.angular_velocity) > 1e-2:
+            simulate(1.5)
+        return thing.pose
 
     def _clear_sim_state(self):
         """Nothing: `_initialize_episode` writes every velocity."""
@@ -321,6 +330,17 @@ class SimplerEnv(BaseEnv):
 
     def get_state_dict(self):
         return self.scene.get_sim_state()
+
+
+def object_builder(builder, task: Task, visual: bool = True):
+    """Collision, density and, where wanted, the looks of the task's object (spec 3.0, 3.5)."""
+    folder = MODELS + task.model_id
+    material = sapien.physx.PhysxMaterial(0.5, 0.5, 0.0)
+    collision = str(asset(folder + "/collision.obj"))
+    builder.add_multiple_convex_collisions_from_file(collision, material=material, density=task.density)
+    if visual:
+        builder.add_visual_from_file(str(asset(folder + "/textured.glb")))
+    return builder
 
 
 def light_up_baked_textures(entity: sapien.Entity):

@@ -4,8 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.google_robot import URDF_VERSIONS
-
+# The four visual-matching arms: same geometry, recoloured (spec 1.1).
+URDF_VERSIONS = (
+    "",
+    "recolor_tabletop_visual_matching_1",
+    "recolor_tabletop_visual_matching_2",
+    "recolor_cabinet_visual_matching_1",
+)
 DRAWERS = ("top", "middle", "bottom")
 OVERLAY = "data/real_inpainting/open_drawer_{}.png"
 # Robot poses of the visual-matching protocol, each with its real background picture: id -> (x m, y m, yaw rad).

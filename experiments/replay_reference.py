@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def read_recording(folder: Path) -> Recording:
             if len(arrays[key]) != steps + 1 or not np.isfinite(arrays[key]).all():
                 raise ValueError(f"{key} must hold {steps + 1} finite rows")
         meta["task"], meta["joint_names"], meta["robot_base"]
-    except (OSError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{folder} is not a complete recording: {error}") from error
     return Recording(folder.name, folder, meta, arrays)
 

@@ -100,20 +100,14 @@ def test_unseeded_resets_continue_the_chain(scene):
 
 
 @pytest.mark.sim
-def test_the_apple_comes_to_rest_as_high_and_as_tilted_as_upstreams(scene):
-    expected = VECTORS["apple_on_cabinet_top"]
-    scene.reset(seed=0, options={"object_xy": expected["xy"], "reconfigure": True})
-    assert abs(scene.object.pose.p[2] - expected["settled_p"][2]) < 1e-4
-    np.testing.assert_allclose(scene.object.pose.q, expected["settled_q"], atol=1e-3)
-    assert np.linalg.norm(scene.object.pose.p - expected["settled_p"]) < 5e-3
-
-
-@pytest.mark.sim
-@pytest.mark.xfail(strict=True, reason="the PGS solver lets the apple roll 3.2 mm further; TGS gives 0.03 mm")
 def test_the_apple_comes_to_rest_where_upstreams_does(scene):
     expected = VECTORS["apple_on_cabinet_top"]
-    scene.reset(seed=0, options={"object_xy": expected["xy"], "reconfigure": True})
-    assert np.linalg.norm(scene.object.pose.p - expected["settled_p"]) < 2e-3
+    scene.reset(seed=0, options={"object_xy": expected["xy"]})
+    assert np.linalg.norm(scene.object.pose.p - expected["settled_p"]) < 1e-4
+    np.testing.assert_allclose(scene.object.pose.q, expected["settled_q"], atol=1e-3)
+    for _ in range(3):  # and stays there in the robot's scene
+        scene.step(np.zeros(7))
+    assert np.linalg.norm(scene.object.pose.p - expected["settled_p"]) < 1e-3
 
 
 @pytest.mark.sim

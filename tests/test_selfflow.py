@@ -89,13 +89,17 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.model, self.config, self.channels, self.projector = model, model.config, model.channels, model.projector
 
-    def forward(self, z, t, tokens, feature_layer):
-        self.seen = z, t, tokens.frames
-        return self.model(z, t, tokens, feature_layer)
+    def forward(self, z, t, tokens, feature_layer, cache):
+        self.seen = z, t, self.frames
+        return self.model(z, t, tokens, feature_layer, cache)
 
-    def features(self, z, t, tokens, layer):
-        self.seen, self.layer, self.grad = (z, t, tokens.frames), layer, torch.is_grad_enabled()
-        return self.model.features(z, t, tokens, layer)
+    def features(self, z, t, tokens, layer, cache):
+        self.seen, self.layer, self.grad = (z, t, self.frames), layer, torch.is_grad_enabled()
+        return self.model.features(z, t, tokens, layer, cache)
+
+    def prefix_cache(self, z, t, tokens, layers=None):
+        self.frames = tokens.frames
+        return self.model.prefix_cache(z, t, tokens, layers)
 
 
 @pytest.mark.parametrize("mode", ["pretrain", "joint_plan", "video_prediction"])
@@ -146,6 +150,31 @@ def test_feature_loss_is_the_cosine_over_channels():
     torch.testing.assert_close(terms["cosine"], cosine.detach())
     assert a.shape[1] == int((~tokens.where("given")).sum())
     torch.testing.assert_close(total, terms["loss_video"] + 0.8 * (1 - cosine))
+
+
+@pytest.mark.parametrize("mode", ["policy", "pretrain"])
+def test_several_draws_are_a_larger_batch(mode, monkeypatch):
+    """Sharing the given tokens between draws changes the work, not the loss nor its gradient."""
+    packed = {size: PACKER.pack(repeat(make_batch(), size), mode) for size in (1, 3)}
+    config = replace(CONFIG, draws=3, given_noise=0.2)
+    d = draw(packed[1], config, generator())
+    students = [make_model(PACKER), make_model(PACKER)]
+    shared, _ = loss(students[0], make_model(PACKER, seed=1), packed[1], config, generator())
+    shared.backward()
+    noise = d.pixel_noise.repeat_interleave(3, 0)
+    monkeypatch.setattr("selfflow_robot.selfflow.draw", lambda *_: replace(d, pixel_noise=noise))
+    repeated, _ = loss(students[1], make_model(PACKER, seed=1), packed[3], replace(config, draws=1), generator())
+    repeated.backward()
+    torch.testing.assert_close(shared, repeated)
+    for (name, a), (_, b) in zip(*(gradients(student).items() for student in students)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def repeat(batch, times):
+    return {
+        name: value.repeat_interleave(times, 0) if torch.is_tensor(value) else [v for v in value for _ in range(times)]
+        for name, value in batch.items()
+    }
 
 
 def test_losses_are_means_per_modality_times_their_weights():
