@@ -1,8 +1,8 @@
 """The scripted expert for Open-and-Place and the drawer tasks (issue 2, point 3; spec 3.4, 3.5).
 
-A feedback law: the action is a function of the state now (drawer, tool centre point, fingers, object, instruction) and of
-a few constants per episode (`Style`). There is no clock and no memory, so the expert can take over from any state and
-what it does can be learned from observations. Phases are regions of the state, tested from the last to the first;
+A feedback law: the action is a function of the state now (drawer, tool centre point, fingers, object, instruction) and
+of a few constants per episode (`Style`). There is no clock and no memory, so the expert can take over from any state
+and what it does can be learned from observations. Phases are regions of the state, tested from the last to the first;
 inside a phase the target slides along a funnel: it advances only as far as the hand is aligned.
 
 All geometry is in the world frame: +x points from the cabinet towards the robot, +z up; metres and radians.

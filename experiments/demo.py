@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 TASK = "open_and_place"
 DEMONSTRATIONS = 24
-PRETRAIN_STEPS = 400
-FINETUNE_STEPS = 600
-EVALUATIONS = 6  # episodes per policy, on the same seeds
+PRETRAIN_STEPS = 120
+FINETUNE_STEPS = 300
+EVALUATIONS = 4  # episodes per policy, on the same seeds
 METHODS = ("self_flow", "flow_matching")
 
 HERE = Path(__file__).resolve().parent

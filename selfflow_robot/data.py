@@ -214,10 +214,7 @@ def _write_atomic(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)  # not synced: what a power cut tears, the reader's checksums find
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

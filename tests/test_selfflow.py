@@ -161,8 +161,10 @@ def test_several_draws_are_a_larger_batch(mode, monkeypatch):
     students = [make_model(PACKER), make_model(PACKER)]
     shared, _ = loss(students[0], make_model(PACKER, seed=1), packed[1], config, generator())
     shared.backward()
-    noise = d.pixel_noise.repeat_interleave(3, 0)
-    monkeypatch.setattr("selfflow_robot.selfflow.draw", lambda *_: replace(d, pixel_noise=noise))
+    given = packed[1].where("given")[..., None]  # one noise for all draws of a window
+    noise = torch.where(given, d.noise[::3].repeat_interleave(3, 0), d.noise)
+    same = replace(d, noise=noise, pixel_noise=d.pixel_noise.repeat_interleave(3, 0))
+    monkeypatch.setattr("selfflow_robot.selfflow.draw", lambda *_: same)
     repeated, _ = loss(students[1], make_model(PACKER, seed=1), packed[3], replace(config, draws=1), generator())
     repeated.backward()
     torch.testing.assert_close(shared, repeated)
