@@ -137,7 +137,7 @@ def open_drawer(s: State, edge: float, style: Style) -> Waypoint:
         return Waypoint(np.array([front[0] + 0.02, s.p[1], max(s.p[2], edge - 0.05)]), rotation, 0)
     # In front or in the gap: go in as fast as aligned, back where not.
     off = max(abs(miss) / 0.015, abs(s.p[1] - y) / 0.04, angle(s.rotation, rotation) / 0.15, (s.opening - 0.2) / 0.1)
-    lead = np.interp(off, [0.5, 1.0, 1.5, 3.0], [MAX_STEP, MAX_STEP / 2, 0, -MAX_STEP])
+    lead = np.interp(off, [0.5, 1, 2, 3], [MAX_STEP, MAX_STEP / 2, MAX_STEP / 12, -MAX_STEP])
     goal = on_line(np.clip(depth + lead, -STANDOFF, style.reach_in))
     return Waypoint(np.array([goal[0], y, goal[1]]), rotation, 0)
 

@@ -1,259 +1,411 @@
-"""One offline page about a comparison: success of the arms, training curves, rollouts, predicted video.
+"""One offline HTML page from run folders: success with intervals, training curves, rollouts, imagined against real.
 
     python experiments/report.py --arms runs/eval_self_flow runs/eval_flow_matching \\
-        --training runs/pretrain_self_flow runs/finetune_self_flow --imagined runs/imagined.mp4 --out runs/report.html
+        --training runs/finetune_self_flow runs/finetune_flow_matching --imagined runs/imagined.mp4
 
-Arms are evaluation folders (results.json), compared on the seeds they share; training folders bring metrics.jsonl. The
-page holds its pictures and videos, so it can be mailed or opened without a network.
+The page loads nothing: styles, charts and videos are inside. What is missing is said on the page; what is damaged stops
+with the name of the file.
 """
 
 import argparse
 import base64
 import io
 import json
+import os
+import shlex
 import sys
+from dataclasses import dataclass, field
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
+from string import Template
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-import numpy as np
-
-from selfflow_robot.checkpoint import write_atomic
 from selfflow_robot.metrics import paired_comparison, wilson_interval
 
-OUTCOMES = ("success_final", "success_any")
-SMOOTH = 20  # steps averaged in the training curves
-CURVES = (
-    "loss_video",
-    "loss_action",
-    "cosine",
-    "validation/loss_video",
-    "validation/loss_action",
-    "validation/action_mm",
-)
-COLOURS = ("#2f6fde", "#e08a1e", "#3c9a5f", "#9a4fb8")
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse } td, th { padding: .35rem .8rem; text-align: left;
-border-bottom: 1px solid var(--line); white-space: nowrap } .grid { display: grid; gap: 1rem;
-grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)) } video, svg { width: 100%; height: auto;
-border-radius: .4rem } .plot { background: #fff; border-radius: .4rem; padding: .3rem } code, pre { background:
-var(--soft); border-radius: .3rem; padding: .1rem .3rem } pre { padding: .7rem; overflow-x: auto } figure { margin: 0 }
-figcaption, .note { font-size: .9rem; opacity: .8 }
-"""
+COLOURS = ("#2f7ed8", "#e0761a", "#2e9e62", "#a05cc9")  # one per arm or run, readable on light and dark
+GREY = "#888888"
+RATES = {"success_final": "success at the last step", "success_any": "success at any step"}
 
 
-def read_results(folder: Path) -> dict:
-    """results.json of an evaluation; ValueError naming the file where it is absent or damaged."""
-    path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text())
-        results["protocol_hash"], results["success_rule"], results["protocol"]["seeds"]
-        for episode in results["episodes"]:
-            episode["seed"], episode["subgoals"], [episode[o] for o in OUTCOMES]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of experiments/eval_simpler.py ({error!r})") from error
-    if not results["episodes"]:
-        raise ValueError(f"{path} has no finished episode: run its evaluation again to continue it")
-    return results
+@dataclass
+class ReportConfig:
+    out: str = "runs/report.html"
+    arms: list[str] = field(
+        default_factory=list
+    )  # run folders with results.json; the first is compared with the others
+    training: list[str] = field(default_factory=list)  # run folders with metrics.jsonl
+    imagined: list[str] = field(default_factory=list)  # videos: predicted beside real
+    examples: int = 6  # seeds shown as videos
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); the training run it belongs to rewrites it") from error
+class ReportError(RuntimeError):
+    """An input that cannot be read; the message names it."""
 
 
-def outcomes(results: dict) -> dict[str, dict[int, bool]]:
-    """{outcome or subgoal: {seed: bool}}."""
-    episodes = results["episodes"]
-    table = {name: {e["seed"]: bool(e[name]) for e in episodes} for name in OUTCOMES}
-    for name in episodes[0]["subgoals"]:
-        table[name] = {e["seed"]: bool(e["subgoals"][name]) for e in episodes}
-    return table
+@dataclass
+class Arm:
+    folder: Path
+    results: dict
+    episodes: dict[int, dict]  # by seed
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def outcomes(self, key: str) -> dict[int, bool]:
+        """{seed: outcome} of a rate or a subgoal, where it was recorded."""
+        merged = {seed: episode.get("subgoals", {}) | episode for seed, episode in self.episodes.items()}
+        return {seed: bool(values[key]) for seed, values in merged.items() if values.get(key) is not None}
 
 
-def rate(values) -> str:
-    values = list(values)
-    k, n = sum(values), len(values)
-    low, high = wilson_interval(k, n)
-    return f"{k}/{n} = {k / n:.0%} [{low:.0%}, {high:.0%}]"
-
-
-def success_table(arms: dict[str, dict]) -> str:
-    """Counts with Wilson intervals, and for two arms the paired difference on the seeds they share."""
-    tables = {name: outcomes(results) for name, results in arms.items()}
-    rows = []
-    for outcome in next(iter(tables.values())):
-        cells = [escape(outcome.replace("_", " "))] + [rate(t[outcome].values()) for t in tables.values()]
-        if len(tables) == 2:
-            first, second = (t[outcome] for t in tables.values())
-            shared = sorted(first.keys() & second.keys())
-            if shared:
-                pair = paired_comparison([first[s] for s in shared], [second[s] for s in shared])
-                low, high = pair.interval
-                cells.append(
-                    f"{pair.difference:+.0%} [{low:+.0%}, {high:+.0%}], p = {pair.p_value:.2f} "
-                    f"({pair.only_first} / {pair.only_second} of {pair.trials} seeds differ)"
-                )
-            else:
-                cells.append("no seed in common")
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-    heads = ["", *map(escape, tables)] + (["difference, paired; McNemar"] if len(tables) == 2 else [])
-    head = "".join(f"<th>{h}</th>" for h in heads)
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
-
-
-def success_chart(arms: dict[str, dict]) -> str:
-    tables = {name: outcomes(results) for name, results in arms.items()}
-    names = list(next(iter(tables.values())))
-    figure, axis = plt.subplots(figsize=(8, 3.2))
-    width = 0.8 / len(tables)
-    for i, (label, table) in enumerate(tables.items()):
-        for j, name in enumerate(names):
-            k, n = sum(table[name].values()), len(table[name])
-            low, high = wilson_interval(k, n)
-            x = j + (i - (len(tables) - 1) / 2) * width
-            axis.bar(x, k / n, width * 0.9, color=COLOURS[i % 4], label=label if j == 0 else None)
-            axis.errorbar(x, k / n, [[k / n - low], [high - k / n]], color="#333", capsize=4)
-    axis.set(ylim=(0, 1.02), ylabel="rate, 95% Wilson interval")
-    axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axis.legend()
-    return svg(figure)
-
-
-def training_curves(runs: dict[str, list[dict]]) -> str:
-    present = [
-        c for c in CURVES if any(key.split("/policy")[0] == c for m in runs.values() for row in m for key in row)
-    ]
-    if not present:
-        return '<p class="note">These runs logged none of the known curves.</p>'
-    columns = min(3, len(present))
-    rows = -(-len(present) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(10, 2.8 * rows), squeeze=False)
-    for axis in axes.flat[len(present) :]:
-        axis.axis("off")
-    for axis, curve in zip(axes.flat, present):
-        for i, (label, metrics) in enumerate(runs.items()):
-            key = next((k for row in metrics for k in row if k in (curve, f"{curve}/policy")), None)
-            points = [(row["step"], row[key]) for row in metrics if key in row] if key else []
-            if points:
-                steps, values = np.array(points).T
-                window = min(SMOOTH, len(values)) if not curve.startswith("validation") else 1
-                smooth = np.convolve(values, np.ones(window) / window, "valid")
-                marker = "o" if window == 1 else ""
-                axis.plot(steps[window - 1 :], smooth, color=COLOURS[i % 4], label=label, marker=marker)
-        axis.set_title(curve.replace("_", " "), fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    return svg(figure)
-
-
-def svg(figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return f'<div class="plot">{text[text.index("<svg") :]}</div>'
-
-
-def video(path: Path, caption: str) -> str:
-    """The video itself, in the page; a note where it is missing."""
-    if path.exists():
-        data = base64.b64encode(path.read_bytes()).decode()
-        inner = f'<video controls muted loop playsinline preload="metadata" src="data:video/mp4;base64,{data}"></video>'
-    else:
-        inner = f'<p class="note">{escape(str(path))} is missing</p>'
-    return f"<figure>{inner}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def rollouts(folders: dict[str, Path], arms: dict[str, dict], count: int) -> str:
-    """The same seeds for every arm; seeds with a success first, so that both outcomes are seen."""
-    episodes = {name: {e["seed"]: e for e in results["episodes"]} for name, results in arms.items()}
-    shared = set.intersection(*(set(e) for e in episodes.values()))
-    won = {seed: sum(e[seed]["success_final"] for e in episodes.values()) for seed in shared}
-    order = sorted(shared, key=lambda seed: (-won[seed], seed))
-    chosen = (
-        sorted({*order[: -(-count // 2)], *order[len(order) - count // 2 :]}) if len(order) > count else sorted(order)
+def report(cfg: ReportConfig) -> Path:
+    """Write the page and return its path. Raises ReportError for a damaged input."""
+    arms = [arm for folder in cfg.arms if (arm := read_arm(Path(folder)))]
+    runs = {Path(f).name: curves for f in cfg.training if (curves := read_curves(Path(f) / "metrics.jsonl"))}
+    missing = [f for f in cfg.arms if not (Path(f) / "results.json").exists()]
+    missing += [f for f in cfg.training if Path(f).name not in runs]
+    task = arms[0].results.get("task", "unknown task") if arms else "no evaluation"
+    page = PAGE.substitute(
+        title=escape(f"selfflow_robot: {task}"),
+        notes="".join(note(f"{folder}: no results there (yet), left out.") for folder in missing),
+        success=success_section(arms),
+        training=training_section(runs),
+        rollouts=rollout_section(arms, cfg.examples),
+        imagined=imagined_section([Path(path) for path in cfg.imagined]),
+        reproduce=reproduce_section(arms, cfg),
     )
-    figures = []
-    for seed in chosen:
-        for name, folder in folders.items():
-            episode = episodes[name][seed]
-            done = [goal.replace("_", " ") for goal, value in episode["subgoals"].items() if value]
-            result = (
-                "success" if episode["success_final"] else f"no success ({', '.join(done) or 'no subgoal reached'})"
-            )
-            path = folder / (episode.get("video") or "video not recorded")
-            figures.append(video(path, f"{name}, seed {seed}: {result}"))
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
-def report(arm_folders: list[Path], training: list[Path], imagined: list[Path], out: Path, count: int = 6) -> Path:
-    """Writes the page atomically and returns its path. Raises ValueError naming the file that cannot be read."""
-    arms = {folder.name: read_results(folder) for folder in arm_folders}
-    folders = {folder.name: folder for folder in arm_folders}
-    first = next(iter(arms.values()))
-    hashes = {results["protocol_hash"] for results in arms.values()}
-    parts = [f"<h1>{escape(first['task'].replace('_', ' '))}: {escape(' against '.join(arms))}</h1>"]
-    if len(hashes) > 1:
-        parts.append("<p><strong>These arms were measured under different protocols; do not compare them.</strong></p>")
-    parts += [success_table(arms), success_chart(arms)]
-    protocol = first["protocol"]
-    parts.append(
-        f'<p class="note">{escape(first["success_rule"])}. Success: {escape(str(protocol.get("success")))}. '
-        f"Protocol <code>{escape(', '.join(sorted(hashes)))}</code>: {escape(str(protocol.get('benchmark')))}, seeds "
-        f"{escape(json.dumps(protocol['seeds']))}. Rates with 95% Wilson intervals.</p>"
-    )
-    parts.append("<h2>Training</h2>")
-    runs = {folder.name: read_metrics(folder) for folder in training}
-    stages = {
-        "Pretraining": {n: m for n, m in runs.items() if "pretrain" in n},
-        "Fine-tuning": {n: m for n, m in runs.items() if "pretrain" not in n},
-    }
-    for title, group in stages.items():
-        if group:
-            parts += [f"<h3>{title}</h3>", training_curves(group)]
-    if not runs:
-        parts.append('<p class="note">No training run was named (--training).</p>')
-    parts += ["<h2>Rollouts on the same seeds</h2>", rollouts(folders, arms, count)]
-    parts.append("<h2>Predicted against real video</h2>")
-    note = '<p class="note">None was named (--imagined); experiments/imagine.py makes one.</p>'
-    movies = "".join(video(path, path.stem.replace("_", " ")) for path in imagined)
-    parts.append(f'<div class="grid">{movies}</div>' if imagined else note)
-    commands = [str(results.get("command", "")) for results in arms.values()]
-    parts += ["<h2>Commands</h2>", f"<pre>{escape(chr(10).join(commands))}</pre>"]
-    title = f"{escape(first['task'])}: {escape(', '.join(arms))}"
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style>{''.join(parts)}</html>"
-    )
+    out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, page.encode())
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, out)
     return out
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", type=Path, required=True, help="evaluation folders, one per arm")
-    parser.add_argument("--training", nargs="*", type=Path, default=[], help="training runs, for their curves")
-    parser.add_argument("--imagined", nargs="*", type=Path, default=[], help="videos of experiments/imagine.py")
-    parser.add_argument("--out", type=Path, default=Path("runs/report.html"))
-    parser.add_argument("--videos", type=int, default=6, help="seeds shown, each in every arm (default 6)")
-    arguments = parser.parse_args()
+# ----------------------------------------------------------------------------------------------------------- inputs
+
+
+def read_arm(folder: Path) -> Arm | None:
+    """The evaluation in a run folder; None where there is none yet."""
+    path = folder / "results.json"
+    if not path.exists():
+        return None
     try:
-        out = report(arguments.arms, arguments.training, arguments.imagined, arguments.out, arguments.videos)
-    except (ValueError, OSError) as error:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        episodes = {int(episode["seed"]): episode for episode in results["episodes"]}
+        for episode in episodes.values():
+            _ = [bool(episode[key]) for key in RATES]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path} is damaged ({error!r}). Delete it and run eval_simpler.py again.") from error
+    return Arm(folder, results, dict(sorted(episodes.items())))
+
+
+def read_curves(path: Path) -> dict[str, dict[int, float]]:
+    """{key: {step: value}}; a step logged twice (a resumed run) counts as logged last. Empty where there is no file."""
+    curves: dict[str, dict[int, float]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # cut off while being written: the run was killed or is still going
+                break
+            raise ReportError(f"{path}, line {number}, is damaged ({error!r}). Delete the line.") from error
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                curves.setdefault(key, {})[step] = float(value)
+    return curves
+
+
+# --------------------------------------------------------------------------------------------------------- sections
+
+
+def success_section(arms: list[Arm]) -> str:
+    arms = [arm for arm in arms if arm.episodes]
+    if not arms:
+        return note("No evaluation yet. Run experiments/eval_simpler.py and name its run folders with --arms.")
+    keys = list(RATES) + sorted({key for arm in arms for e in arm.episodes.values() for key in e.get("subgoals", {})})
+    head = ["", *(escape(arm.name) for arm in arms)]
+    for other in arms[1:]:
+        head.append(f"{escape(arms[0].name)} − {escape(other.name)}, same seeds")
+    rows = []
+    for key in keys:
+        cells = [escape(label(key)), *(rate_cell(arm.outcomes(key)) for arm in arms)]
+        cells += [difference_cell(arms[0].outcomes(key), other.outcomes(key)) for other in arms[1:]]
+        rows.append(cells)
+    facts = [
+        [
+            f'<span class="key" style="background:{colour(i)}"></span>{escape(arm.name)}',
+            escape(str(arm.results.get("checkpoint") or arm.results.get("policy", "?"))),
+            escape(str(arm.results.get("success_rule", "?"))),
+            f"{len(arm.episodes)} ({min(arm.episodes)} to {max(arm.episodes)})",
+            f"<code>{escape(str(arm.results.get('protocol_hash', '?'))[:12])}</code>",
+        ]
+        for i, arm in enumerate(arms)
+    ]
+    protocol = json.dumps(arms[0].results.get("protocol", {}), indent=2, ensure_ascii=False)
+    warning = ""
+    if len({str(arm.results.get("protocol_hash")) for arm in arms}) > 1:
+        warning = note("The arms were evaluated under different protocols: their rates cannot be compared.")
+    return (
+        warning
+        + table(head, rows)
+        + "<p class='small'>Rates: successes / episodes, 95% Wilson interval. Differences in percentage points: 95% "
+        "interval by Newcombe's method 10, p-value of the exact two-sided McNemar test.</p>"
+        + bars(arms, keys)
+        + table(["arm", "checkpoint", "success rule", "episodes (seeds)", "protocol"], facts)
+        + f"<details><summary>protocol of {escape(arms[0].name)}</summary><pre>{escape(protocol)}</pre></details>"
+    )
+
+
+def training_section(runs: dict[str, dict[str, dict[int, float]]]) -> str:
+    if not runs:
+        return note("No training curves. Name run folders that hold a metrics.jsonl with --training.")
+    pyplot = load_pyplot()
+    # loss/video and heldout/video share a panel: the part after the slash
+    panels: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for curves in runs.values() for key in curves):
+        panels.setdefault(key.split("/")[-1], []).append(key)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.6 * columns, 2.6 * lines), squeeze=False)
+    for axis, (panel, keys) in zip_longest(axes.flat, panels.items(), fillvalue=(None, ())):
+        if panel is None:
+            axis.set_visible(False)
+            continue
+        for i, curves in enumerate(runs.values()):
+            for style, key in zip(("-", "--", ":"), keys):
+                points = sorted(curves.get(key, {}).items())
+                if points:
+                    steps, values = zip(*points)
+                    axis.plot(steps, values, style, color=colour(i), linewidth=1.3)
+        axis.set_title(panel if len(keys) == 1 else f"{panel}: {keys[0]} (solid), {', '.join(keys[1:])}", fontsize=8)
+        axis.set_xlabel("step", fontsize=8)
+    legend = "".join(
+        f'<span><span class="key" style="background:{colour(i)}"></span>{escape(name)}</span>'
+        for i, name in enumerate(runs)
+    )
+    return f'<p class="legend">{legend}</p>' + draw(figure, "training curves")
+
+
+def rollout_section(arms: list[Arm], count: int) -> str:
+    arms = [arm for arm in arms if arm.episodes]
+    seeds = [seed for seed in common_seeds(arms) if all(video_path(arm, seed) for arm in arms)]
+    if not seeds:
+        return note("No seed has a video in every arm.")
+    rows = []
+    for seed in choose_examples(arms, seeds, count):
+        figures = []
+        for arm in arms:
+            outcome = "success" if arm.episodes[seed]["success_final"] else "no success"
+            steps = arm.episodes[seed].get("steps", "?")
+            caption = f"{escape(arm.name)}, seed {seed}: <b>{outcome}</b>, {escape(str(steps))} steps"
+            figures.append(video(video_path(arm, seed), caption))
+        rows.append(f'<div class="pair">{"".join(figures)}</div>')
+    note_text = f"{len(rows)} of {len(seeds)} common seeds, taking turns between the combinations of outcomes."
+    return f"<p class='small'>{note_text}</p>" + "".join(rows)
+
+
+def imagined_section(paths: list[Path]) -> str:
+    if not paths:
+        return note("No predicted videos given (--imagined PATH.mp4 ...).")
+    shown = [video(path, escape(path.stem)) if path.exists() else note(f"{path}: not there.") for path in paths]
+    return f'<div class="pair">{"".join(shown)}</div>'
+
+
+def reproduce_section(arms: list[Arm], cfg: ReportConfig) -> str:
+    commands = ["make demo    # everything at small scale; then, for this page:"]
+    for arm in arms:
+        if arm.episodes:
+            options = {
+                "task": arm.results.get("task", "open_and_place"),
+                "checkpoint": arm.results.get("checkpoint"),
+                "episodes": len(arm.episodes),
+                "first_seed": min(arm.episodes),
+                "name": arm.name,
+            }
+            words = [word for k, v in options.items() if v is not None for word in (f"--{k}", str(v))]
+            commands.append(shlex.join(["python", "experiments/eval_simpler.py", *words]))
+    words = ["--out", cfg.out]
+    for name in ("arms", "training", "imagined"):
+        words += [f"--{name}", *getattr(cfg, name)] if getattr(cfg, name) else []
+    commands.append(shlex.join(["python", "experiments/report.py", *words]))
+    return f"<pre>{escape(chr(10).join(commands))}</pre>"
+
+
+# ----------------------------------------------------------------------------------------------------------- pieces
+
+
+def common_seeds(arms: list[Arm]) -> list[int]:
+    return sorted(set.intersection(*(set(arm.episodes) for arm in arms))) if arms else []
+
+
+def choose_examples(arms: list[Arm], seeds: list[int], count: int) -> list[int]:
+    """The first seeds, taking turns between the combinations of outcomes so that none hides behind the frequent one."""
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for seed in seeds:
+        groups.setdefault(tuple(bool(arm.episodes[seed]["success_final"]) for arm in arms), []).append(seed)
+    turns = zip_longest(*(groups[outcome] for outcome in sorted(groups, reverse=True)))
+    return [seed for turn in turns for seed in turn if seed is not None][:count]
+
+
+def label(key: str) -> str:
+    return RATES.get(key, key.replace("_", " "))
+
+
+def colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def rate_cell(outcomes: dict[int, bool]) -> str:
+    if not outcomes:
+        return "not recorded"
+    successes, trials = sum(outcomes.values()), len(outcomes)
+    low, high = wilson_interval(successes, trials)
+    return f"<b>{successes / trials:.0%}</b> {successes}/{trials} <span class='small'>[{low:.0%}, {high:.0%}]</span>"
+
+
+def difference_cell(first: dict[int, bool], second: dict[int, bool]) -> str:
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return "no common seed"
+    paired = paired_comparison([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    low, high = (100 * bound for bound in paired.interval)
+    return (
+        f"<b>{100 * paired.difference:+.0f}</b> <span class='small'>[{low:+.0f}, {high:+.0f}]</span>, "
+        f"p = {paired.p_value:.2g}, n = {paired.trials}"
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells are HTML."""
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def video_path(arm: Arm, seed: int) -> Path | None:
+    name = arm.episodes[seed].get("video")
+    return arm.folder / name if name and (arm.folder / name).is_file() else None
+
+
+def video(path: Path, caption: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    player = f'<video controls muted loop playsinline preload="metadata" src="data:video/mp4;base64,{content}"></video>'
+    return f"<figure>{player}<figcaption>{caption}</figcaption></figure>"
+
+
+def load_pyplot():
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    # Grey on transparent reads on a light and on a dark page. Text as paths: no font needed.
+    pyplot.rcParams.update({f"{k}.color": GREY for k in ("xtick", "ytick", "text")})
+    pyplot.rcParams.update({"axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY})
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 8})
+    pyplot.rcParams.update({"axes.facecolor": "none", "svg.hashsalt": "report"})
+    return pyplot
+
+
+def bars(arms: list[Arm], keys: list[str]) -> str:
+    pyplot = load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(8, 2.8))
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        for place, key in enumerate(keys):
+            outcomes = arm.outcomes(key)
+            if not outcomes:
+                continue
+            rate = sum(outcomes.values()) / len(outcomes)
+            low, high = wilson_interval(sum(outcomes.values()), len(outcomes))
+            x = place + (i - (len(arms) - 1) / 2) * width
+            axis.bar(x, 100 * rate, 0.9 * width, color=colour(i))
+            axis.errorbar(x, 100 * rate, [[100 * (rate - low)], [100 * (high - rate)]], color=GREY, capsize=3)
+    axis.set_xticks(range(len(keys)), [label(key) for key in keys])
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("% of episodes, 95% interval")
+    return draw(figure, "success rates and subgoals with intervals")
+
+
+def draw(figure, description: str) -> str:
+    """The figure as inline SVG; closes it."""
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    pyplot.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    return f'<div class="chart">{svg}</div>'
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --text: #1d1f23; --back: #ffffff; --soft: #f2f4f7; --line: #d5d9e0; --dim: #5c6370; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e8ec; --back: #15171b; --soft: #20242b; --line: #3a404a; --dim: #9aa2af; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+.scroll { overflow-x: auto; margin: 0.8rem 0; }
+table { border-collapse: collapse; min-width: 100%; white-space: nowrap; }
+th, td { text-align: left; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; }
+.small { color: var(--dim); font-size: 0.85rem; }
+.note { background: var(--soft); border-left: 4px solid #e0761a; padding: 0.5rem 0.8rem; overflow-wrap: anywhere; }
+.key { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; border-radius: 2px; }
+.legend span { margin-right: 1rem; }
+.chart svg { width: 100%; height: auto; }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { flex: 1 1 16rem; margin: 0 0 1rem; } video { width: 100%; border-radius: 4px; background: #000; }
+figcaption { font-size: 0.85rem; }
+pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$notes
+<h2>Success</h2>
+$success
+<h2>Training</h2>
+$training
+<h2>Rollouts on the same seeds</h2>
+$rollouts
+<h2>Predicted against real</h2>
+$imagined
+<h2>Reproduce</h2>
+$reproduce
+</body>
+</html>
+""")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    default = ReportConfig()
+    parser.add_argument("--out", default=default.out, help="the page (default %(default)s)")
+    parser.add_argument("--arms", nargs="*", default=[], help="evaluation run folders; the first against the others")
+    parser.add_argument("--training", nargs="*", default=[], help="training run folders")
+    parser.add_argument("--imagined", nargs="*", default=[], help="videos of predictions beside reality")
+    parser.add_argument("--examples", type=int, default=default.examples, help="seeds shown (default %(default)s)")
+    try:
+        print(report(ReportConfig(**vars(parser.parse_args()))))
+    except ReportError as error:
         sys.exit(f"error: {error}")
-    print(f"{out.resolve()} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

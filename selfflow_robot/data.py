@@ -664,7 +664,8 @@ class Windows:
 
         video uint8 (B, T, H, W, 3), video_mask bool (B, T), proprio (B, P), action and executed (B, H, A),
         action_mask bool (B, H), instruction: B strings, index int64 (B,). Frames before the episode repeat its first
-        one, as in the control loop; what lies beyond its end repeats the last and is masked out.
+        one, as in the control loop; what lies beyond its end repeats the last and is masked out. So are the actions
+        after a change of instruction: nobody can foresee it, and a policy that waits for it must not learn to guess.
         """
         indices = np.asarray(indices, np.int64)
         now, first, last = (array[indices, None] for array in (self.now, self.first, self.last))  # (B, 1)
@@ -678,7 +679,7 @@ class Windows:
             "proprio": data.proprio[now[:, 0]],
             "action": data.action[clamped],
             "executed": data.executed[clamped],
-            "action_mask": step <= last,
+            "action_mask": (step <= last) & (data.task[clamped] == data.task[now]),
             "index": indices,
         }
         batch: dict = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
