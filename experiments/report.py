@@ -128,7 +128,7 @@ def success_section(arms: list[Arm]) -> str:
     keys = list(RATES) + sorted({key for arm in arms for e in arm.episodes.values() for key in e.get("subgoals", {})})
     head = ["", *(escape(arm.name) for arm in arms)]
     for other in arms[1:]:
-        head.append(f"{escape(arms[0].name)} − {escape(other.name)}, same seeds")
+        head.append("difference" if len(arms) == 2 else f"{escape(arms[0].name)} − {escape(other.name)}")
     rows = []
     for key in keys:
         cells = [escape(label(key)), *(rate_cell(arm.outcomes(key)) for arm in arms)]
@@ -151,8 +151,8 @@ def success_section(arms: list[Arm]) -> str:
     return (
         warning
         + table(head, rows)
-        + "<p class='small'>Rates: successes / episodes, 95% Wilson interval. Differences in percentage points: 95% "
-        "interval by Newcombe's method 10, p-value of the exact two-sided McNemar test.</p>"
+        + "<p class='small'>Rates: successes / episodes, 95% Wilson interval. Differences, first arm minus other, in "
+        "percentage points on the seeds both were evaluated on: 95% interval by Newcombe's method 10, p-value of the exact two-sided McNemar test.</p>"
         + bars(arms, keys)
         + table(["arm", "checkpoint", "success rule", "episodes (seeds)", "protocol"], facts)
         + f"<details><summary>protocol of {escape(arms[0].name)}</summary><pre>{escape(protocol)}</pre></details>"

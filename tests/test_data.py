@@ -462,6 +462,17 @@ def test_windows_know_the_answer(counted):
             assert item["instruction"] == expected
 
 
+def test_actions_after_a_change_of_instruction_are_masked(counted):
+    every = windows(counted, horizon=4, split="all")
+    episode = counted.episodes[1]
+    instructions = make_episode(episode.seed)["instructions"]
+    change = instructions.index("place apple into top drawer")
+    assert 2 <= change <= len(instructions) - 4
+    for ahead, expected in ((2, [True, True, False, False]), (1, [True, False, False, False]), (0, [True] * 4)):
+        item = every[episode.start + change - ahead]
+        np.testing.assert_array_equal(item["action_mask"], expected)
+
+
 def test_gather_shapes_and_types(collected):
     batch = windows(open_dataset(collected)).gather([0, 5, 2])
     assert batch["video"].shape == (3, 3, 48, 64, 3) and batch["video"].dtype == torch.uint8
