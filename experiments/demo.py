@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 TASK = "open_and_place"
-DEMONSTRATIONS = 24
-PRETRAIN_STEPS = 120
-FINETUNE_STEPS = 300
+DEMONSTRATIONS = 20
+PRETRAIN_STEPS = 100
+FINETUNE_STEPS = 250
 EVALUATIONS = 4  # episodes per policy, on the same seeds
 METHODS = ("self_flow", "flow_matching")
 

@@ -152,7 +152,8 @@ def success_section(arms: list[Arm]) -> str:
         warning
         + table(head, rows)
         + "<p class='small'>Rates: successes / episodes, 95% Wilson interval. Differences, first arm minus other, in "
-        "percentage points on the seeds both were evaluated on: 95% interval by Newcombe's method 10, p-value of the exact two-sided McNemar test.</p>"
+        "percentage points on the seeds of both: 95% interval by Newcombe's method 10, p-value of the exact two-sided "
+        "McNemar test.</p>"
         + bars(arms, keys)
         + table(["arm", "checkpoint", "success rule", "episodes (seeds)", "protocol"], facts)
         + f"<details><summary>protocol of {escape(arms[0].name)}</summary><pre>{escape(protocol)}</pre></details>"
@@ -167,26 +168,21 @@ def training_section(runs: dict[str, dict[str, dict[int, float]]]) -> str:
     panels: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for curves in runs.values() for key in curves):
         panels.setdefault(key.split("/")[-1], []).append(key)
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(3.6 * columns, 2.6 * lines), squeeze=False)
-    for axis, (panel, keys) in zip_longest(axes.flat, panels.items(), fillvalue=(None, ())):
-        if panel is None:
-            axis.set_visible(False)
-            continue
+    charts = []
+    for panel, keys in panels.items():
+        figure, axis = pyplot.subplots(figsize=(3.6, 2.6))
         for i, curves in enumerate(runs.values()):
             for style, key in zip(("-", "--", ":"), keys):
-                points = sorted(curves.get(key, {}).items())
-                if points:
-                    steps, values = zip(*points)
-                    axis.plot(steps, values, style, color=colour(i), linewidth=1.3)
-        axis.set_title(panel if len(keys) == 1 else f"{panel}: {keys[0]} (solid), {', '.join(keys[1:])}", fontsize=8)
+                if points := sorted(curves.get(key, {}).items()):
+                    axis.plot(*zip(*points), style, color=colour(i), linewidth=1.3)
+        axis.set_title(panel if len(keys) == 1 else f"{keys[0]} (solid), {', '.join(keys[1:])}", fontsize=8)
         axis.set_xlabel("step", fontsize=8)
+        charts.append(draw(figure, f"training curves: {panel}"))
     legend = "".join(
         f'<span><span class="key" style="background:{colour(i)}"></span>{escape(name)}</span>'
         for i, name in enumerate(runs)
     )
-    return f'<p class="legend">{legend}</p>' + draw(figure, "training curves")
+    return f'<p class="legend">{legend}</p><div class="panels">{"".join(charts)}</div>'
 
 
 def rollout_section(arms: list[Arm], count: int) -> str:
@@ -331,7 +327,7 @@ def bars(arms: list[Arm], keys: list[str]) -> str:
     axis.set_xticks(range(len(keys)), [label(key) for key in keys])
     axis.set_ylim(0, 100)
     axis.set_ylabel("% of episodes, 95% interval")
-    return draw(figure, "success rates and subgoals with intervals")
+    return f'<div class="scroll wide">{draw(figure, "success rates and subgoals with intervals")}</div>'
 
 
 def draw(figure, description: str) -> str:
@@ -369,7 +365,8 @@ th { font-weight: 600; }
 .note { background: var(--soft); border-left: 4px solid #e0761a; padding: 0.5rem 0.8rem; overflow-wrap: anywhere; }
 .key { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; border-radius: 2px; }
 .legend span { margin-right: 1rem; }
-.chart svg { width: 100%; height: auto; }
+.chart svg { width: 100%; height: auto; } .wide .chart { min-width: 36rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 0.5rem; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { flex: 1 1 16rem; margin: 0 0 1rem; } video { width: 100%; border-radius: 4px; background: #000; }
 figcaption { font-size: 0.85rem; }

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-import report as page
-from report import ReportConfig, ReportError, report
+from experiments import report as page
+from experiments.report import ReportConfig, ReportError, report
 from selfflow_robot.data import encode_video
 
 VIDEO = encode_video(np.full((4, 32, 32, 3), 90, np.uint8), 3)
@@ -64,7 +63,7 @@ def test_page_is_self_contained(full):
     sources = re.findall(r'src="([^"]*)"', full)
     assert len(sources) == 2 * 6 + 1 and all(source.startswith("data:video/mp4;base64,") for source in sources)
     assert all(base64.b64decode(source.split(",")[1]) == VIDEO for source in sources)
-    assert full.count("<svg") == 2
+    assert full.count("<svg") == 2  # bars, one panel
 
 
 def test_examples_take_turns_between_outcomes(tmp_path):
