@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 MAX_STEP, MAX_TURN = 0.12, 0.35  # m, rad per control step at speed 1
 GAIN = 1.3  # the arm covers 0.3 to 0.4 of a commanded step within the step
 PANEL_TOP = {"top": 0.755, "middle": 0.51, "bottom": 0.265}  # z of the front panel's top edge
-PANEL_HEIGHT, PANEL_BACK, PANEL_FRONT = 0.14, 0.003, 0.018  # m; x of the faces when the drawer is closed
+PANEL_BACK, PANEL_FRONT = 0.003, 0.018  # m; x of the faces when the drawer is closed
 GAP = np.array([0.01, 0.0525])  # x, z from the panel's top back edge: middle of the gap above it
 STANDOFF = 0.12  # m along the fingers before that middle: where the way in begins
 INSIDE_X = 0.02  # the inside of an open drawer begins here, behind is the cabinet
@@ -215,6 +215,32 @@ def place(s: State, edge: float, home: sapien.Pose, style: Style) -> Waypoint:
 # -- the expert ------------------------------------------------------------------------------------------------------
 
 
+def clip(vector: np.ndarray, length: float) -> np.ndarray:
+    return vector * min(1.0, length / max(np.linalg.norm(vector), 1e-9))
+
+
+def read_state(sim) -> State:
+    base = sim.agent.body.root_pose
+    tcp = base * sim.agent.controller.tcp_pose()
+    held = sim.object is not None and sim.agent.is_grasping(sim.scene.px.get_contacts(), sim.object)
+    return State(
+        p=np.asarray(tcp.p, dtype=np.float64),
+        rotation=Rotation.from_quat(tcp.q, scalar_first=True),
+        opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
+        drawer=sim.drawer_qpos(),
+        base=base,
+        object=None if sim.object is None else np.asarray(sim.object.pose.p, dtype=np.float64),
+        held=held,
+    )
+
+
+def home_pose(sim) -> sapien.Pose:
+    """The tool centre point of the start pose in the base frame."""
+    controller = sim.agent.controller
+    controller.kinematics.compute_forward_kinematics(sim.agent.init_qpos().astype(np.float64))
+    return controller.kinematics.get_link_pose(controller.tcp_index)
+
+
 class Expert:
     """A policy that sees the simulator's state. `style` holds the constants of the episode, the only thing it keeps.
 
@@ -277,29 +303,3 @@ class Expert:
         return c.kinematics.compute_inverse_kinematics(
             c.tcp_index, target, initial_qpos=qpos, active_qmask=c.mask, eps=1e-4, max_iterations=100, dt=0.1
         )[1]
-
-
-def clip(vector: np.ndarray, length: float) -> np.ndarray:
-    return vector * min(1.0, length / max(np.linalg.norm(vector), 1e-9))
-
-
-def read_state(sim) -> State:
-    base = sim.agent.body.root_pose
-    tcp = base * sim.agent.controller.tcp_pose()
-    held = sim.object is not None and sim.agent.is_grasping(sim.scene.px.get_contacts(), sim.object)
-    return State(
-        p=np.asarray(tcp.p, dtype=np.float64),
-        rotation=Rotation.from_quat(tcp.q, scalar_first=True),
-        opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
-        drawer=sim.drawer_qpos(),
-        base=base,
-        object=None if sim.object is None else np.asarray(sim.object.pose.p, dtype=np.float64),
-        held=held,
-    )
-
-
-def home_pose(sim) -> sapien.Pose:
-    """The tool centre point of the start pose in the base frame."""
-    controller = sim.agent.controller
-    controller.kinematics.compute_forward_kinematics(sim.agent.init_qpos().astype(np.float64))
-    return controller.kinematics.get_link_pose(controller.tcp_index)

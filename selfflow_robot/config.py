@@ -116,7 +116,7 @@ class EvalConfig:
     first_seed: int = key(10000, "seeds from here on; demonstrations use small ones")
     workers: int = key(2, "scenes in parallel, one process each")
     name: str | None = key(None, "run folder runs/<name>; default from policy and task")
-    execute: int = key(4, "actions carried out before predicting again")
+    execute: int = key(2, "actions carried out before predicting again")
     sample_steps: int = key(8, "of the flow sampler")
     width: int = key(160, "of the pictures, pixels")
     height: int = key(128, "of the pictures, pixels")

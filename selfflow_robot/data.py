@@ -308,7 +308,7 @@ def _info(record: dict, episodes: int, frames: int, tasks: int) -> dict:
 def _episode_row(number: int, table: pa.Table, record: dict, start: int) -> dict:
     length, key = len(table), IMAGE_PREFIX + VIEW
     chunk, file = divmod(record["seed"], CHUNK_SIZE)
-    statistics = {key: record["image_stats"]} | {name: _listed(_column(table, name)) for name in table.column_names}
+    stats = {key: record["image_stats"]} | {name: _listed(_column(table, name)) for name in table.column_names}
     return {
         "episode_index": number,
         "tasks": list(dict.fromkeys(text for text, _ in record["instructions"])),
@@ -323,7 +323,7 @@ def _episode_row(number: int, table: pa.Table, record: dict, start: int) -> dict
         f"videos/{key}/file_index": file,
         f"videos/{key}/from_timestamp": 0.0,
         f"videos/{key}/to_timestamp": length / record["fps"],
-        **{f"stats/{name}/{k}": v for name, values in statistics.items() for k, v in values.items()},
+        **{f"stats/{name}/{k}": v for name, values in stats.items() for k, v in values.items()},
         "meta/episodes/chunk_index": 0,
         "meta/episodes/file_index": 0,
     }
