@@ -239,8 +239,8 @@ class SimplerEnv(BaseEnv):
         action = np.asarray(action, dtype=np.float64).reshape(-1)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 7 finite numbers, got {action}")
-        self.agent.set_action(torch.from_numpy(action)[None])
         controller, physics = self.agent.controller, self.scene.px
+        controller.set_action(action)
         for _ in range(self._sim_steps_per_control):
             controller.before_simulation_step()
             physics.step()

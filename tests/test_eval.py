@@ -109,7 +109,7 @@ def save_checkpoint(run: str, value: float, kind="finetune"):
 def test_a_checkpoint_is_known_by_its_content(folder, inline):
     save_checkpoint("a", 1.0)
     newest = evaluate(config(policy="checkpoint", episodes=1), start)
-    assert newest["checkpoint"] == "runs/a" and newest["policy_settings"] == {"execute": 4, "sample_steps": 8}
+    assert newest["checkpoint"] == "runs/a" and newest["policy_settings"] == {"execute": 2, "sample_steps": 8}
     save_checkpoint("b", 1.0)  # the same tensors elsewhere are the same policy
     evaluate(config(policy="checkpoint", checkpoint="b", episodes=1), start)
     assert tried(folder) == [10]
@@ -117,7 +117,7 @@ def test_a_checkpoint_is_known_by_its_content(folder, inline):
     with pytest.raises(ValueError, match="another checkpoint_hash"):
         evaluate(config(policy="checkpoint", checkpoint="runs/a", episodes=1), start)
     with pytest.raises(ValueError, match="another policy_settings"):
-        evaluate(config(policy="checkpoint", checkpoint="b", execute=2, episodes=1), start)
+        evaluate(config(policy="checkpoint", checkpoint="b", execute=4, episodes=1), start)
 
 
 def test_what_cannot_be_evaluated_says_why(folder, inline):
