@@ -15,7 +15,7 @@ import numpy as np
 ACTION_NAMES = ("dx", "dy", "dz", "rx", "ry", "rz", "gripper")
 ACTION_DIM = len(ACTION_NAMES)
 
-# Tool centre point in the robot's base frame: position (m), first two columns of its rotation matrix, opening (1 = open).
+# Tool centre point in the base frame: position (m), first two columns of its rotation matrix, opening (1 = open).
 PROPRIO_NAMES = ("x", "y", "z", "r00", "r10", "r20", "r01", "r11", "r21", "gripper")
 PROPRIO_DIM = len(PROPRIO_NAMES)
 
