@@ -80,7 +80,7 @@ def main():
         titles = ("real", f"predicted, {seconds:.1f} s ahead")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(encode_video(side_by_side(real, predicted, titles), FPS, crf=23))
+        temporary.write_bytes(encode_video(side_by_side(real, predicted, titles), FPS, crf=23, gop=60))
         os.replace(temporary, arguments.out)
     except (ValueError, OSError, DatasetError) as error:
         print(f"error: {error}", file=sys.stderr)

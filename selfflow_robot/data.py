@@ -172,13 +172,13 @@ def _sweep(root: Path, committed: set[Path]) -> None:
             path.unlink()
 
 
-def encode_video(frames: np.ndarray, fps: int, crf: int = 18) -> bytes:
-    """frames uint8 (T, H, W, 3), H and W even -> an H.264 mp4, a key frame every second frame (fast random access)."""
+def encode_video(frames: np.ndarray, fps: int, crf: int = 18, gop: int = 2) -> bytes:
+    """frames uint8 (T, H, W, 3), H and W even -> an H.264 mp4, a key frame every `gop` frames (2: fast random access)."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         # Equal frames give equal bytes: one thread (collection runs a process per core anyway), and no macroblock tree,
         # which looks ahead only to the next key frame here, gains nothing and was seen to vary from run to run.
-        options = {"crf": str(crf), "g": "2", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
+        options = {"crf": str(crf), "g": str(gop), "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         converter = VideoReformatter()
