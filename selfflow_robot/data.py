@@ -173,7 +173,7 @@ def _sweep(root: Path, committed: set[Path]) -> None:
 
 
 def encode_video(frames: np.ndarray, fps: int, crf: int = 18, gop: int = 2) -> bytes:
-    """frames uint8 (T, H, W, 3), H and W even -> an H.264 mp4, a key frame every `gop` frames (2: fast random access)."""
+    """frames uint8 (T, H, W, 3), H and W even -> H.264 mp4, a key frame every `gop` frames (2: fast random access)."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         # Equal frames give equal bytes: one thread (collection runs a process per core anyway), and no macroblock tree,
