@@ -222,7 +222,7 @@ def clip(vector: np.ndarray, length: float) -> np.ndarray:
 def read_state(sim) -> State:
     base = sim.agent.body.root_pose
     tcp = base * sim.agent.controller.tcp_pose()
-    held = sim.object is not None and sim.agent.is_grasping(sim.scene.px.get_contacts(), sim.object)
+    held = sim.object is not None and sim.agent.is_grasping(sim.contacts(), sim.object)
     return State(
         p=np.asarray(tcp.p, dtype=np.float64),
         rotation=Rotation.from_quat(tcp.q, scalar_first=True),

@@ -148,6 +148,11 @@ class GoogleRobotController(BaseController):
         self.finger_target = self.finger_end.copy()
         self.substep = self._sim_steps
 
+    @property
+    def moved(self) -> bool:
+        """Whether an action was given since the last reset."""
+        return self.arm_end is not None
+
     def tcp_pose(self) -> sapien.Pose:
         """Sensed TCP pose in the robot's base frame."""
         return self.robot.root_pose.inv() * self.tcp.entity_pose
@@ -168,7 +173,7 @@ class GoogleRobotController(BaseController):
         )
         self.ik_success = bool(success)
         arm_target = np.asarray(solution if success else qpos)[self.arm]
-        start = self.arm_end or (qpos[self.arm], np.clip(qvel[self.arm], -1.5, 1.5))
+        moved, start = self.moved, self.arm_end or (qpos[self.arm], np.clip(qvel[self.arm], -1.5, 1.5))
         self.arm_path, speed = jerk_limited(*start, arm_target, 1.5, 2.0, 50.0, self._sim_steps)
         self.arm_end = (self.arm_path[-1], speed[-1])
 
@@ -183,7 +188,7 @@ class GoogleRobotController(BaseController):
         self.finger_path = np.minimum(self.finger_path, FINGER_CLOSED)
         self.substep = 0
         self.robot.set_solver_position_iterations(
-            GRASP_SOLVER_ITERATIONS if self._touches_object() else SOLVER_ITERATIONS
+            GRASP_SOLVER_ITERATIONS if moved and self._touches_object() else SOLVER_ITERATIONS
         )
 
     def _touches_object(self) -> bool:

@@ -246,6 +246,10 @@ class SimplerEnv(BaseEnv):
             physics.step()
         return torch.from_numpy(action)[None]
 
+    def contacts(self) -> list:
+        """Of the last physics step of this episode; before the first action there are none, whatever was before."""
+        return self.scene.px.get_contacts() if self.agent.controller.moved else []
+
     def drawer_qpos(self) -> float:
         """How far the task's drawer is open, m."""
         return float(self.cabinet.qpos[self.drawers.index(self.task.drawer)])
@@ -259,7 +263,7 @@ class SimplerEnv(BaseEnv):
             subgoals = {f"drawer_{'opened' if self.task.kind == 'open' else 'closed'}": bool(success)}
             stats = {"qpos": f"{qpos:.3f}"}
         else:
-            contacts = self.scene.px.get_contacts()
+            contacts = self.contacts()
             self.contact_steps += np.linalg.norm(self._impulse_inside(contacts)) > 1e-6
             self.grasped |= self.agent.is_grasping(contacts, self.object)
             success = self.subtask == 1 and qpos >= PLACED_QPOS and self.contact_steps >= 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import sapien
 
 from envs import make_env
 from envs.rollout import rollout
@@ -121,6 +122,17 @@ def test_an_episode_depends_on_its_seed_alone(canonical):
     np.testing.assert_array_equal(episodes[0].proprio, episodes[2].proprio)
     assert not np.array_equal(apples[0], apples[1])
     assert episodes[0].steps == 15 and episodes[0].executed.shape == (15, 7)
+
+
+@pytest.mark.sim
+def test_a_reset_forgets_the_contacts_of_the_episode_before(scene):
+    scene.reset(seed=1)
+    scene.object.set_pose(sapien.Pose([0.05, 0.0, 0.64]))  # inside the drawer, which is then pulled open
+    scene.cabinet.set_qpos(np.array([0.25 if d == "top" else 0 for d in scene.drawers], dtype=np.float32))
+    for _ in range(3):
+        info = scene.step(np.zeros(7))[-1]
+    assert info["subgoals"]["object_placed"]
+    assert not any(scene.reset(seed=1)[1]["subgoals"].values())
 
 
 @pytest.mark.sim
