@@ -1,5 +1,7 @@
 """The worlds: SIMPLER's Google-robot tasks on ManiSkill 3. Registers `simpler/<task>-v0` with gymnasium."""
 
+import logging
+
 import gymnasium as gym
 
 from envs.tasks import TASKS, get_task
@@ -9,6 +11,7 @@ def build(task: str, **kwargs):
     """Entry point of the registered environments: canonical observation and action around one SIMPLER scene."""
     from envs.simpler import CanonicalEnv, SimplerEnv  # SAPIEN is only loaded when a scene is built
 
+    logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # (sic) it warns in every process that there is no GPU
     return CanonicalEnv(SimplerEnv(task, **kwargs))
 
 

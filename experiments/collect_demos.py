@@ -10,7 +10,6 @@ failures are kept then, for their labels are right all the same.
 """
 
 import json
-import logging
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -78,7 +77,6 @@ def start_collecting(cfg: CollectConfig, root: str, keep_failures: bool):
     from envs import make_env
     from envs.expert import Expert
 
-    logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # (sic) it warns that there is no GPU
     env = make_env(cfg.task, width=cfg.width, height=cfg.height)
     driver = None
     if cfg.policy is not None:

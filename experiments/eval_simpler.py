@@ -10,7 +10,6 @@ any time: the same command continues with the seeds that are missing.
 """
 
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -146,7 +145,6 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
     from envs import make_env
     from envs.expert import Expert
 
-    logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # (sic) it warns that there is no GPU
     env = make_env(cfg.task, width=cfg.width, height=cfg.height)
     if cfg.policy == "expert":
 
