@@ -27,18 +27,19 @@ FOLDERS = ("data", "mani_skill2_real2sim/assets")
 MANIFEST = Path(__file__).with_name("assets.json")
 REMEDY = f"run `make setup` to download them, or set SIMPLER_ASSET_DIR to a checkout of {REPOSITORY}"
 
-ROBOT = "mani_skill2_real2sim/assets/descriptions/googlerobot_description/google_robot_meta_sim_fix_wheel_fix_fingertip"
-ENTRY_POINTS = (  # everything else the tasks need is referenced from these files
+DESCRIPTIONS = "mani_skill2_real2sim/assets/descriptions"
+ROBOT = f"{DESCRIPTIONS}/googlerobot_description/google_robot_meta_sim_fix_wheel_fix_fingertip"
+ENTRY_POINTS = (  # patterns; everything else the tasks need is referenced from these files
     f"{ROBOT}.urdf",
     f"{ROBOT}_recolor_tabletop_visual_matching_1.urdf",
     f"{ROBOT}_recolor_tabletop_visual_matching_2.urdf",
     f"{ROBOT}_recolor_cabinet_visual_matching_1.urdf",
-    *(f"data/custom/mk_station{variant}.urdf" for variant in ("", "2", "3", "_recolor")),
-    "data/custom/info_pick_custom_baked_tex_v1.json",
-    *(f"data/custom/models/{name}/collision.obj" for name in ("apple", "baked_apple_v2")),
-    "data/custom/models/apple/textured.dae",
-    "data/custom/models/baked_apple_v2/textured.glb",
-    *(f"data/real_inpainting/open_drawer_{row}{column}.png" for row in "abc" for column in "012"),
+    f"{DESCRIPTIONS}/widowx_description/wx250s.urdf",
+    "data/custom/mk_station*.urdf",
+    "data/custom/info_*.json",
+    "data/custom/models/*/collision.obj",
+    "data/custom/models/*/textured.*",  # those that are there; `scenes.py` shows a stand-in for the others
+    "data/real_inpainting/*.png",
 )
 
 
@@ -67,6 +68,11 @@ def asset(relative: str) -> Path:
     if size == 0 or expected not in (None, size):
         raise ValueError(f"SIMPLER asset {path} has {size} bytes, expected {expected or 'some'}; {repair()}")
     return path
+
+
+def has_asset(relative: str) -> bool:
+    """Whether a file that we can do without is there: some trees lack a few stages and pictures (spec 8)."""
+    return (asset_root() / relative).is_file()
 
 
 def damaged_files(root: Path, hashes: bool = False) -> list[str]:
@@ -155,7 +161,7 @@ def repair() -> str:
 
 def _needed(root: Path) -> list[str]:
     """Entry points and, transitively, every file they refer to, sorted."""
-    found, queue = set(), [root / name for name in ENTRY_POINTS]
+    found, queue = set(), [path for name in ENTRY_POINTS for path in sorted(root.glob(name))]
     while queue:
         path = queue.pop()
         relative = os.path.relpath(path, root)
@@ -173,7 +179,8 @@ def _references(path: Path) -> Iterator[Path]:
         ".mtl": r"^\s*map_\w+\s+(.+?)\s*$",
         ".dae": r"<init_from>([^<]+\.\w+)</init_from>",
     }
-    if pattern := patterns.get(path.suffix):
+    pattern = patterns.get(path.suffix)
+    if pattern and path.name != "collision.obj":  # a collision mesh has no looks, one names a file that never was
         for name in re.findall(pattern, path.read_text(errors="replace"), re.MULTILINE):
             yield path.parent / name.removeprefix("package://").removeprefix("file://")
 

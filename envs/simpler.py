@@ -1,10 +1,10 @@
-"""SIMPLER's drawer and Open-and-Place scenes on ManiSkill 3 (spec sections 0, 2, 3.4, 3.5).
+"""SIMPLER's scenes on ManiSkill 3: any of its tasks, on either robot (spec sections 0, 2, 3).
 
 `SimplerEnv` speaks upstream's action; `CanonicalEnv` around it speaks the project's (`selfflow_robot/interfaces.py`)
 and is what `gymnasium.make("simpler/open_and_place-v0")` and `make_env` return.
 """
 
-from functools import lru_cache
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -12,112 +12,129 @@ import sapien
 import torch
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
-from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from envs import scenes
 from envs.assets import asset
-from envs.google_robot import (
-    BASE_HEIGHT,
-    CONTROL_FREQ,
-    FINGER_RANGE,
-    SIM_FREQ,
-    SOLVER_ITERATIONS,
-    GoogleRobot,
-    by_plain_name,
-    contact_impulse,
-)
-from envs.tasks import OVERLAY, POSES, URDF_VERSIONS, Task, get_task, next_episode_seed
+from envs.google_robot import GoogleRobot
+from envs.robot import SimplerRobot, by_plain_name, finite_action
+from envs.scenes import Standins
+from envs.success import JUDGES
+from envs.tasks import CLOSE_START, Variant, get_task, next_episode_seed
+from envs.widowx import PLACES, WidowX
 from selfflow_robot.interfaces import PROPRIO_DIM, Observation
 
-CABINET = "data/custom/mk_station_recolor.urdf"
-CABINET_POSE = sapien.Pose([-0.295, 0, 0.017])
-MODELS = "data/custom/models/"
-OBJECT_DAMPING = 0.1  # linear and angular
-CABINET_TOP, CABINET_TOP_Z = [0.315, 0.3075, 0.01], 0.855  # m, half size and centre in the cabinet's frame
-DROP_HEIGHT = 0.87 + 0.5  # m, spec 3.0
-SOLVER_VELOCITY_ITERATIONS = 4
-OPEN_QPOS, CLOSED_QPOS, PLACED_QPOS, CLOSE_START = 0.15, 0.05, 0.05, 0.2  # m, success thresholds and start
+ROBOTS: dict[str, type[SimplerRobot]] = {"google_robot": GoogleRobot, "widowx": WidowX}
 FORCED_ADVANCE = 100  # elapsed steps at which upstream moves on to the second subtask
-INTERIOR_BOTTOM = 2  # index of the drawer's collision shape that counts as "inside"
-OPTIONS = ("pose", "robot_xy", "robot_yaw", "overlay", "urdf_version", "object_xy", "reconfigure")
-
-
-@lru_cache(maxsize=32)
-def read_overlay(path: str, width: int, height: int) -> np.ndarray:
-    """The real background (H, W, 3) float32 in [0, 1], resized bilinearly without smoothing, as OpenCV does."""
-    import cv2
-
-    picture = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
-    return cv2.resize(picture, (width, height))
+COMMON_OPTIONS = ("robot_xy", "robot_yaw", "urdf_version", "overlay", "variant", "setup", "reconfigure")
 
 
 class SimplerEnv(BaseEnv):
-    """One scene: robot, cabinet and, for Open-and-Place, an apple on top of it.
+    """One task's scene: robot, stage or cabinet, loose objects.
 
-    Args: task name; width, height of the camera picture; visual-matching overlay on or off; shader "default"
-    (rasteriser) or "rt" (ray tracing, needs a GPU). Action: see `GoogleRobotController`.
-    `reset(seed=..., options=...)`: the seed draws the episode as upstream would; options fix parts of it:
-    pose ("a0".."c2") or robot_xy (m) and robot_yaw (rad), overlay (pose id or picture path), urdf_version,
-    object_xy (m).
+    Args: task name; width, height of the camera picture (default: a quarter of upstream's); overlay: the real picture
+    behind the scene; shader "default" (rasteriser) or "rt" (ray tracing, needs a GPU); physics: scene settings that
+    differ from ours (for studies of what the results depend on). Action: see the robot's controller.
+    `reset(seed=..., options=...)`: the seed draws the episode as upstream would; options fix parts of it: those of the
+    task (`Task.options`: pose, drawer, object_xy, model, orientation, episode_id), robot_xy (m), robot_yaw (rad),
+    urdf_version, overlay (picture path), variant (`Variant`), setup (a whole `Setup`).
     """
 
     SUPPORTED_OBS_MODES = ("rgb", "none")
-    agent: GoogleRobot
+    agent: SimplerRobot
 
-    def __init__(self, task="open_and_place", width=160, height=128, overlay=True, shader="default", **kwargs):
-        self.task, self.width, self.height = get_task(task), width, height
-        self.overlay, self.shader = overlay, shader
-        self.urdf_version, self.episode_seed, self.background = "", 2022, None
-        self.subtask = 0
-        super().__init__(robot_uids=GoogleRobot.uid, reward_mode="sparse", sim_backend="physx_cpu", **kwargs)
+    def __init__(
+        self, task="open_and_place", width=None, height=None, overlay=True, shader="default", physics=None, **kwargs
+    ):
+        self.task = get_task(task)
+        self.robot_class = ROBOTS[self.task.robot]
+        full = self.robot_class.picture_size
+        self.width, self.height = width or full[0] // 4, height or full[1] // 4
+        self.overlay, self.shader, self.physics = overlay, shader, physics or {}
+        self.episode_seed, self.background = 2022, None
+        self.setup = self.task.setup(self.task.draw(2022))
+        self.subtask, self.standins, self.judge = 0, Standins(), None
+        if shader.startswith("rt") and not torch.cuda.is_available():
+            raise ValueError(f"shader {shader!r} traces rays, which needs an NVIDIA GPU; use shader='default'")
+        if kwargs.get("num_envs", 1) != 1 or kwargs.get("sim_backend", "physx_cpu") != "physx_cpu":
+            raise ValueError("one environment per process, on the CPU: use envs.make_vector_env for several")
+        kwargs.pop("sim_backend", None)
+        super().__init__(robot_uids=self.robot_class.uid, reward_mode="sparse", sim_backend="physx_cpu", **kwargs)
 
     @property
     def _default_sim_config(self):
+        settings = dict(
+            contact_offset=self.task.contact_offset,
+            solver_position_iterations=scenes.SOLVER_ITERATIONS,
+            solver_velocity_iterations=1,
+            enable_pcm=False,
+            enable_tgs=False,  # PhysX 5's TGS lets grasped objects chatter out of the fingers; PGS is also faster
+        )
         return SimConfig(
-            sim_freq=SIM_FREQ,
-            control_freq=CONTROL_FREQ,
-            scene_config=SceneConfig(
-                contact_offset=self.task.contact_offset,
-                solver_position_iterations=SOLVER_ITERATIONS,
-                solver_velocity_iterations=SOLVER_VELOCITY_ITERATIONS,
-                enable_pcm=False,
-                enable_tgs=False,  # PhysX 5's TGS lets grasped objects chatter out of the fingers; PGS is also faster
-            ),
+            sim_freq=self.robot_class.sim_freq,
+            control_freq=self.robot_class.control_freq,
+            scene_config=SceneConfig(**settings | self.physics),
             default_materials_config=DefaultMaterialsConfig(1.0, 1.0, 0.0),
         )
 
     # -- scene ---------------------------------------------------------------------------------------------------
 
     def _load_agent(self, options: dict):
-        GoogleRobot.urdf_version = self.urdf_version
+        self.robot_class.urdf_version = self.setup.urdf_version
+        if self.robot_class is WidowX:
+            WidowX.place = PLACES["sink" if scenes.has_sink(self.setup) else "table"]
         super()._load_agent(options, sapien.Pose([-10, 0, 0]))
+        if self.setup.shiny_robot and self.scene.can_render():
+            polish(self.agent.body)
 
     def _load_scene(self, options: dict):
+        setup, self.standins = self.setup, Standins()
+        visual = self.scene.can_render()
+        stage = self.scene.create_actor_builder()
+        if scenes.add_stage(stage, setup, self.standins, visual):
+            stage.initial_pose = sapien.Pose()
+            self.stage = stage.build_static("arena")._objs[0]
+            if visual:
+                scenes.finish_looks(self.stage, matte=False)
+        self.cabinet, self.drawers = None, []
+        if setup.station:
+            self._load_cabinet(setup.station)
+        self.sink = self._load_thing("sink", 100000, scenes.SINK_POSE) if scenes.has_sink(setup) else None
+        if self.sink:
+            scenes.lock(self.sink, "xyzabc")
+        things = [
+            self._load_thing(thing.model, scenes.density(thing, setup.model_db), sapien.Pose([0, 3 * i, 9]), i)
+            for i, thing in enumerate(setup.things + setup.distractors)
+        ]
+        self.things, self.distractors = things[: len(setup.things)], things[len(setup.things) :]
+        for thing in self.things:
+            body = scenes.body_of(thing)
+            body.linear_damping = body.angular_damping = scenes.OBJECT_DAMPING
+
+    def _load_cabinet(self, station: str):
         loader = self.scene.create_urdf_loader()
         loader.name, loader.fix_root_link = "cabinet", True
-        builder = loader.parse(str(asset(CABINET)))["articulation_builders"][0]
-        builder.initial_pose = CABINET_POSE
+        builder = loader.parse(str(asset(f"data/custom/{station}.urdf")))["articulation_builders"][0]
+        builder.initial_pose = scenes.STATION_POSE
         self.cabinet = builder.build()._objs[0]
         self.drawers = [name.split("_")[0] for name in by_plain_name(self.cabinet.active_joints)]
         for joint in self.cabinet.active_joints:
             joint.set_friction(0.05)
             joint.set_drive_properties(stiffness=0, damping=1)
-        self.drawer_link = by_plain_name(self.cabinet.links)[f"{self.task.drawer}_drawer"]
 
-        self.object = None
-        if self.task.model_id:
-            builder = object_builder(self.scene.create_actor_builder(), self.task)
-            builder.initial_pose = sapien.Pose([0, 0, DROP_HEIGHT])
-            self.object = builder.build("object")._objs[0]
-            self.object_body = self.object.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
-            self.object_body.linear_damping = self.object_body.angular_damping = OBJECT_DAMPING
-            if self.scene.can_render():
-                light_up_baked_textures(self.object)
+    def _load_thing(self, model: str, density: float, pose: sapien.Pose, index=None) -> sapien.Entity:
+        builder = self.scene.create_actor_builder()
+        scenes.add_collision(builder, model, density)
+        if self.scene.can_render():
+            scenes.add_visual(builder, model, self.standins)
+        builder.initial_pose = pose
+        entity = builder.build(model if index is None else f"{index}_{model}")._objs[0]
+        if self.scene.can_render():
+            scenes.finish_looks(entity, self.setup.matte)
+        return entity
 
     def _load_lighting(self, options: dict):
-        angle = np.deg2rad(75)
-        self.scene.set_ambient_light([1.0, 1.0, 1.0])
-        self.scene.add_directional_light([-np.cos(angle), 0, -np.sin(angle)], [1.0, 1.0, 1.0])
+        scenes.light(self.scene, self.setup.lighting)
 
     def _setup_sensors(self, options: dict):
         if self._obs_mode != "none":
@@ -129,96 +146,65 @@ class SimplerEnv(BaseEnv):
 
     @property
     def _default_sensor_configs(self):
-        camera = self.agent.camera(self.width, self.height, self.shader)
-        camera.mount, camera.entity_uid = self.agent.robot.links_map["link_camera"], None
-        return [camera]
+        return [self.agent.camera(self.width, self.height, self.shader)]
 
     # -- episodes ------------------------------------------------------------------------------------------------
 
     def reset(self, seed=None, options=None):
         options = dict(options or {})
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; known: {', '.join(OPTIONS)}")
+        known = (*self.task.options, *COMMON_OPTIONS)
+        if unknown := set(options) - set(known):
+            raise ValueError(f"unknown reset options {sorted(unknown)} for {self.task.short}; known: {', '.join(known)}")
         if seed is None:
             seed = next_episode_seed(self.episode_seed)
         seed = int(np.atleast_1d(seed)[0])
         self.episode_seed = seed
-        episode = {**self.task.draw(seed), **options}
-        if episode["pose"] not in POSES:
-            raise ValueError(f"unknown robot pose {episode['pose']!r}; known: {', '.join(POSES)}")
-        if episode["urdf_version"] not in URDF_VERSIONS:
-            raise ValueError(f"unknown urdf_version {episode['urdf_version']!r}; known: {URDF_VERSIONS}")
-        if episode["urdf_version"] != self.urdf_version:
-            self.urdf_version = episode["urdf_version"]
-            episode["reconfigure"] = True  # another URDF is another scene
-        self.episode = episode
-        return super().reset(seed=[seed % 2**32], options={"reconfigure": episode.get("reconfigure", False)})
+        reconfigure, variant = options.pop("reconfigure", False), options.pop("variant", None) or Variant()
+        setup = options.pop("setup", None) or self.task.setup({**self.task.draw(seed), **options}, variant)
+        if not self.overlay:
+            setup = replace(setup, overlay=None)
+        reconfigure |= setup.scene != self.setup.scene
+        self.setup = setup
+        return super().reset(seed=[seed % 2**32], options={"reconfigure": bool(reconfigure)})
 
     def _initialize_episode(self, env_idx, options: dict):
-        episode, robot = self.episode, self.agent.body
-        x, y, yaw = POSES[episode["pose"]]
-        x, y = episode.get("robot_xy", (x, y))
-        yaw = episode.get("robot_yaw", yaw)
-        overlay = episode.get("overlay", episode["pose"])
-        if self.overlay and self._obs_mode != "none":
-            path = asset(OVERLAY.format(overlay)) if overlay in POSES else overlay
-            self.background = read_overlay(str(path), self.width, self.height)
-
-        drawers = np.zeros(len(self.drawers), dtype=np.float32)
-        if self.task.kind == "close":
-            drawers[self.drawers.index(self.task.drawer)] = CLOSE_START
-        self.cabinet.set_qpos(drawers)
-        self.cabinet.set_qvel(np.zeros_like(drawers))
-        robot.set_qpos(self.agent.init_qpos())
+        setup, robot = self.setup, self.agent.body
+        self.background = None
+        if setup.overlay and self._obs_mode != "none":
+            self.background = scenes.read_overlay(scenes.overlay_path(setup), self.width, self.height)
+        if self.cabinet:
+            drawers = np.zeros(len(self.drawers), dtype=np.float32)
+            if self.task.kind == "close":
+                drawers[self.drawers.index(setup.drawer)] = CLOSE_START
+            self.cabinet.set_qpos(drawers)
+            self.cabinet.set_qvel(np.zeros_like(drawers))
+            self.drawer_link = by_plain_name(self.cabinet.links)[f"{setup.drawer}_drawer"]
+        qpos = self.agent.init_qpos()
+        if setup.head_tilt is not None:
+            qpos[self.agent.controller.names.index("joint_head_tilt")] = setup.head_tilt
+        robot.set_qpos(qpos)
         robot.set_qvel(np.zeros(robot.dof, dtype=np.float32))
         robot.set_qf(np.zeros(robot.dof, dtype=np.float32))
-        if self.object:
-            self.object.set_pose(self._settled(episode["object_xy"]))
-            self.object_body.linear_velocity = self.object_body.angular_velocity = np.zeros(3, dtype=np.float32)
-        base = Rotation.from_euler("z", np.pi + yaw).as_quat(scalar_first=True)
-        robot.set_root_pose(sapien.Pose([x, y, BASE_HEIGHT], base))
-
-        self.subtask, self.contact_steps, self.grasped = 0, 0, False
-        self.was_open = False
-
-    def _settled(self, xy) -> sapien.Pose:
-        """Where the object comes to rest on the cabinet: dropped without tilting, released, waited for (spec 3.0).
-
-        In a scene of its own, with upstream's solver (TGS) and without the robot, which is parked far away there too:
-        0.03 mm from upstream, where the solver of the robot's scene would let the object roll 3 mm further.
-        """
-        self._set_scene_config()
-        sapien.physx.set_scene_config(enable_pcm=False, enable_tgs=True)
-        sapien.physx.set_body_config(solver_position_iterations=SOLVER_ITERATIONS, solver_velocity_iterations=1)
-        scene = sapien.Scene([sapien.physx.PhysxCpuSystem()])
-        scene.set_timestep(1 / SIM_FREQ)
-        top = scene.create_actor_builder()
-        top.add_box_collision(half_size=CABINET_TOP)
-        top.build_static().set_pose(CABINET_POSE * sapien.Pose([0, 0, CABINET_TOP_Z]))
-        thing = object_builder(scene.create_actor_builder(), self.task, visual=False).build()
-        self._set_scene_config()
-        body = thing.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
-        body.linear_damping = body.angular_damping = OBJECT_DAMPING
-        still = np.zeros(3, dtype=np.float32)
-
-        def simulate(seconds: float):
-            for _ in range(int(SIM_FREQ * seconds)):
-                scene.step()
-
-        thing.set_pose(sapien.Pose([*xy, DROP_HEIGHT]))
-        body.set_locked_motion_axes([False, False, False, True, True, False])
-        simulate(0.5)
-        body.set_locked_motion_axes([False] * 6)
-        thing.set_pose(thing.pose)
-        body.linear_velocity = body.angular_velocity = still
-        simulate(0.5)
-        if np.linalg.norm(body.linear_velocity) > 1e-3 or np.linalg.norm(body.angular_velocity) > 1e-2:
-            simulate(1.5)
-        return thing.pose
+        if self.things:
+            poses = scenes.settle(setup, self.robot_class.sim_freq)
+            self._set_scene_config()  # settling has its own
+            for entity, pose in zip(self.things + self.distractors, poses):
+                entity.set_pose(pose)
+                scenes.hold_still(entity)
+        base = Rotation.from_euler("z", np.pi + setup.robot_yaw).as_quat(scalar_first=True)
+        robot.set_root_pose(sapien.Pose([*setup.robot_xy, self.agent.base_height], base))
+        self.robot_entities = {link.entity for link in robot.links}
+        self.subtask = 0
+        self.agent.controller.moved = False
+        self.judge = JUDGES[self.task.kind](self)
 
     def _clear_sim_state(self):
         """Nothing: `_initialize_episode` writes every velocity."""
+
+    @property
+    def object(self) -> sapien.Entity | None:
+        """The thing to act on."""
+        return self.things[self.setup.source] if self.things else None
 
     # -- stepping ------------------------------------------------------------------------------------------------
 
@@ -227,18 +213,18 @@ class SimplerEnv(BaseEnv):
 
     def advance_to_next_subtask(self):
         """The policy declares the drawer open; the instruction becomes "place apple into top drawer"."""
+        if self.task.kind != "place":
+            raise NotImplementedError(f"{self.task.short} has one subtask")
         self.subtask = 1
 
     @property
     def instruction(self) -> str:
-        return self.task.instruction(self.subtask)
+        return self.setup.instructions[self.subtask]
 
     def _step_action(self, action):
         if not self.is_final_subtask() and int(self._elapsed_steps[0]) >= FORCED_ADVANCE:
             self.advance_to_next_subtask()
-        action = np.asarray(action, dtype=np.float64).reshape(-1)
-        if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"action must be 7 finite numbers, got {action}")
+        action = finite_action(np.reshape(action, -1))
         controller, physics = self.agent.controller, self.scene.px
         controller.set_action(action)
         for _ in range(self._sim_steps_per_control):
@@ -252,59 +238,34 @@ class SimplerEnv(BaseEnv):
 
     def drawer_qpos(self) -> float:
         """How far the task's drawer is open, m."""
-        return float(self.cabinet.qpos[self.drawers.index(self.task.drawer)])
+        return float(self.cabinet.qpos[self.drawers.index(self.setup.drawer)])
 
     def evaluate(self) -> dict:
-        """Upstream's success and statistics, evaluated exactly once per control step, plus latched subgoals."""
-        qpos = self.drawer_qpos()
-        self.was_open |= qpos >= OPEN_QPOS
-        if self.task.kind != "place":
-            success = qpos >= OPEN_QPOS if self.task.kind == "open" else qpos <= CLOSED_QPOS
-            subgoals = {f"drawer_{'opened' if self.task.kind == 'open' else 'closed'}": bool(success)}
-            stats = {"qpos": f"{qpos:.3f}"}
-        else:
-            contacts = self.contacts()
-            self.contact_steps += np.linalg.norm(self._impulse_inside(contacts)) > 1e-6
-            self.grasped |= self.agent.is_grasping(contacts, self.object)
-            success = self.subtask == 1 and qpos >= PLACED_QPOS and self.contact_steps >= 1
-            stats = {"qpos": qpos, "is_drawer_open": self.was_open, "has_contact": int(self.contact_steps)}
-            subgoals = {
-                "drawer_opened": bool(self.was_open),
-                "object_grasped": bool(self.grasped),
-                "object_placed": bool(self.contact_steps >= 1),
-            }
-        return {
-            "success": torch.tensor([bool(success)]),
-            "qpos": qpos,
-            "episode_stats": stats,
-            "subgoals": subgoals,
-            "instruction": self.instruction,
-        }
+        """Upstream's success and statistics (`envs/success.py`), which add up once per control step, and subgoals."""
+        judge = self.judge if self.agent.controller.moved else JUDGES[self.task.kind](self)
+        info = judge(self)
+        return {**info, "success": torch.tensor([info["success"]]), "instruction": self.instruction}
 
-    def _impulse_inside(self, contacts) -> np.ndarray:
-        """Impulse (3,) N s between the object and the bottom of the drawer's inside, last physics step."""
-        bottom = self.drawer_link.collision_shapes[INTERIOR_BOTTOM]
-        relevant = [c for c in contacts if bottom in c.shapes]
-        return contact_impulse(relevant, self.object, self.drawer_link.entity)
-
-    def set_state(self, qpos: dict, qvel: dict, drawers: dict, drawer_speeds: dict | None = None, object_pose=None):
-        """Take over a recorded state: {joint: rad, rad/s}, {drawer joint: m, m/s}, object xyz wxyz (7,) at rest."""
+    def set_state(self, qpos: dict, qvel: dict, drawers=None, drawer_speeds=None, object_poses=()):
+        """Take over a recorded state: {joint: rad, rad/s}, {drawer joint: m, m/s}, things' xyz wxyz (7,) at rest."""
         robot, names = self.agent.body, self.agent.controller.names
         robot.set_qpos(np.array([qpos[n] for n in names], dtype=np.float32))
         robot.set_qvel(np.array([qvel[n] for n in names], dtype=np.float32))
-        self.cabinet.set_qpos(np.array([drawers[f"{d}_drawer_joint"] for d in self.drawers], dtype=np.float32))
-        speeds = drawer_speeds or {}
-        self.cabinet.set_qvel(np.array([speeds.get(f"{d}_drawer_joint", 0) for d in self.drawers], dtype=np.float32))
-        if self.object:
-            self.object.set_pose(sapien.Pose(object_pose[:3], object_pose[3:]))
-            self.object_body.linear_velocity = self.object_body.angular_velocity = np.zeros(3, dtype=np.float32)
+        if self.cabinet:
+            speeds = drawer_speeds or {}
+            joints = [f"{drawer}_drawer_joint" for drawer in self.drawers]
+            self.cabinet.set_qpos(np.array([drawers[joint] for joint in joints], dtype=np.float32))
+            self.cabinet.set_qvel(np.array([speeds.get(joint, 0) for joint in joints], dtype=np.float32))
+        for thing, pose in zip(self.things, object_poses):
+            thing.set_pose(sapien.Pose(pose[:3], pose[3:]))
+            scenes.hold_still(thing)
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
     def render_picture(self) -> tuple[np.ndarray, np.ndarray]:
         """The policy camera now: uint8 (H, W, 3) with the overlay, and the mask (H, W) of simulated pixels."""
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
-        camera = self._sensors["overhead"].camera._render_cameras[0]
+        camera = self._sensors[self.agent.view].camera._render_cameras[0]
         camera.take_picture()
         color = camera.get_picture("Color")[..., :3]
         mask = np.isin(camera.get_picture("Segmentation")[..., 1], self._simulated_ids())
@@ -313,8 +274,12 @@ class SimplerEnv(BaseEnv):
         return np.clip(color * 255, 0, 255).astype(np.uint8), mask
 
     def _simulated_ids(self) -> np.ndarray:
-        entities = [link.entity for body in (self.agent.body, self.cabinet) for link in body.links]
-        return np.array([e.per_scene_id for e in entities + ([self.object] if self.object else [])])
+        """Of the entities that the overlay does not cover: sink and target plane are part of the real picture."""
+        bodies = [self.agent.body, *([self.cabinet] if self.cabinet else [])]
+        entities = [link.entity for body in bodies for link in body.links] + self.distractors
+        painted = [thing.model == "dummy_sink_target_plane" for thing in self.setup.things]
+        entities += [thing for thing, hidden in zip(self.things, painted) if not hidden]
+        return np.array([entity.per_scene_id for entity in entities])
 
     def _get_obs_agent(self):
         return {
@@ -329,43 +294,34 @@ class SimplerEnv(BaseEnv):
     def _get_obs_sensor_data(self, apply_texture_transforms=True):
         rgb, mask = self.render_picture()
         return {
-            "overhead": {"rgb": torch.from_numpy(rgb)[None], "segmentation": torch.from_numpy(mask)[None, ..., None]}
+            self.agent.view: {"rgb": torch.from_numpy(rgb)[None], "segmentation": torch.from_numpy(mask)[None, ..., None]}
         }
 
     def get_state_dict(self):
         return self.scene.get_sim_state()
 
 
-def object_builder(builder, task: Task, visual: bool = True):
-    """Collision, density and, where wanted, the looks of the task's object (spec 3.0, 3.5)."""
-    folder = MODELS + task.model_id
-    material = sapien.physx.PhysxMaterial(0.5, 0.5, 0.0)
-    collision = str(asset(folder + "/collision.obj"))
-    builder.add_multiple_convex_collisions_from_file(collision, material=material, density=task.density)
-    if visual:
-        builder.add_visual_from_file(str(asset(folder + "/textured.glb")))
-    return builder
-
-
-def light_up_baked_textures(entity: sapien.Entity):
-    """SAPIEN 3 multiplies a baked texture by an emission colour that these files leave black (spec 7.2)."""
-    for component in entity.components:
-        if isinstance(component, sapien.render.RenderBodyComponent):
-            for shape in component.render_shapes:
-                for part in shape.parts:
-                    if part.material.emission_texture is not None:
-                        part.material.set_emission([1.0, 1.0, 1.0, 1.0])
+def polish(body) -> None:
+    """Upstream's override of the robot's materials (spec 1.1)."""
+    for link in body.links:
+        for component in link.entity.components:
+            if isinstance(component, sapien.render.RenderBodyComponent):
+                for shape in component.render_shapes:
+                    for part in shape.parts:
+                        part.material.set_specular(0.9)
+                        part.material.set_roughness(0.3)
 
 
 class CanonicalEnv(gym.Wrapper):
-    """Observation and action of `selfflow_robot/interfaces.py`; everything Google-robot-specific ends here."""
+    """Observation and action of `selfflow_robot/interfaces.py`; everything robot-specific ends here."""
 
     def __init__(self, env: SimplerEnv):
         super().__init__(env)
         self.sim = env.unwrapped
+        self.view = self.sim.robot_class.view
         picture = gym.spaces.Box(0, 255, (self.sim.height, self.sim.width, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(
-            images=gym.spaces.Dict(overhead=picture),
+            images=gym.spaces.Dict({self.view: picture}),
             proprio=gym.spaces.Box(-np.inf, np.inf, (PROPRIO_DIM,), np.float32),
             instruction=gym.spaces.Text(64),
         )
@@ -378,45 +334,21 @@ class CanonicalEnv(gym.Wrapper):
         return self._observation(observation), self._info(info)
 
     def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(to_upstream(action, self.sim))
+        upstream = self.sim.agent.to_upstream(finite_action(action))
+        observation, reward, terminated, truncated, info = self.env.step(upstream)
         return self._observation(observation), float(reward), bool(terminated), bool(truncated), self._info(info)
 
     def render(self):
         return self._picture
 
     def _observation(self, raw) -> Observation:
-        self._picture = raw["sensor_data"]["overhead"]["rgb"][0].numpy() if raw else None
+        self._picture = raw["sensor_data"][self.view]["rgb"][0].numpy() if raw else None
         return {
-            "images": {"overhead": self._picture} if raw else {},
-            "proprio": proprio(self.sim),
+            "images": {self.view: self._picture} if raw else {},
+            "proprio": self.sim.agent.proprio(),
             "instruction": self.sim.instruction,
         }
 
     def _info(self, info) -> dict:
         scalars = {"success": bool(info["success"]), "elapsed_steps": int(info["elapsed_steps"])}
-        return {**info, **scalars, "seed": self.sim.episode_seed}
-
-
-def to_upstream(action: np.ndarray, sim: SimplerEnv) -> np.ndarray:
-    """Canonical action (7,) -> upstream's: the absolute gripper opening becomes a step from the last command."""
-    action = np.array(action, dtype=np.float64)
-    if action.shape != (7,) or not np.isfinite(action).all():
-        raise ValueError(f"action must be 7 finite numbers [dx dy dz rx ry rz gripper], got {action}")
-    wanted = FINGER_RANGE * (1 - np.clip(action[6], 0, 1))  # rad
-    action[6] = (wanted - sim.agent.controller.finger_angle()) / FINGER_RANGE
-    return action
-
-
-def from_upstream(action: np.ndarray, finger_angle: float) -> np.ndarray:
-    """The inverse, given the finger angle (rad) last commanded before this action."""
-    action = np.array(action, dtype=np.float32)
-    action[6] = 1 - np.clip(finger_angle / FINGER_RANGE + np.clip(action[6], -1, 1), 0, 1)
-    return action
-
-
-def proprio(sim: SimplerEnv) -> np.ndarray:
-    """float32 (10,): sensed TCP position (m) and two rotation columns in the base frame, opening (1 = open)."""
-    pose = sim.agent.controller.tcp_pose()
-    rotation = Rotation.from_quat(pose.q, scalar_first=True).as_matrix()
-    opening = np.clip(1 - sim.agent.closedness(), 0, 1)
-    return np.concatenate([pose.p, rotation[:, 0], rotation[:, 1], [opening]]).astype(np.float32)
+        return {**info, **scalars, "seed": self.sim.episode_seed, "standins": list(self.sim.standins)}

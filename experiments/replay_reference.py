@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from envs.google_robot import CONTROL_FREQ, FINGER_CLOSED, FINGERS
-from envs.simpler import SimplerEnv
-from envs.tasks import BY_NAME, get_task
+from envs.google_robot import FINGER_CLOSED, FINGERS
+from envs.scenes import body_of
+from envs.simpler import ROBOTS, SimplerEnv
+from envs.tasks import BY_NAME, Setup, Task, get_task
 
 CONTACT_IMPULSE = 1e-6  # N s in one physics step
 FINGERS_MEET = 2 * FINGER_CLOSED - 0.02  # rad, sum of both
@@ -40,27 +41,38 @@ class Recording:
     arrays: dict[str, np.ndarray]
 
     def state(self, t: int) -> dict:
-        names = self.meta["joint_names"]
+        names, drawers = self.meta["joint_names"], self.meta["drawer_joints"] or []
         qvel = dict(zip(names, self.arrays["qvel"][t]))
-        if sum(self.arrays["qpos"][t, names.index(finger)] for finger in FINGERS) > FINGERS_MEET:
+        if set(FINGERS) <= set(names) and sum(self.arrays["qpos"][t, names.index(f)] for f in FINGERS) > FINGERS_MEET:
             qvel.update(dict.fromkeys(FINGERS, 0.0))  # +-13 rad/s in the recordings: chatter of finger on finger
-        objects = [k for k in self.arrays if k.startswith("obj/") and k != "obj/art_obj"]
         return {
             "qpos": dict(zip(names, self.arrays["qpos"][t])),
             "qvel": qvel,
-            "drawers": dict(zip(self.meta["drawer_joints"], self.arrays["drawer"][t])),
-            "drawer_speeds": dict(zip(self.meta["drawer_joints"], self._drawer_speeds(t))),
-            "object_pose": self.arrays[objects[0]][t] if objects else None,
+            "drawers": dict(zip(drawers, self.arrays["drawer"][t])),
+            "drawer_speeds": dict(zip(drawers, self._drawer_speeds(t))),
+            "object_poses": self.objects(t),
         }
+
+    @property
+    def object_names(self) -> list[str]:
+        """Of the recorded arrays, in the order of the scene's things."""
+        numbered = sorted(k for k in self.arrays if k.startswith("obj/episode_objs_"))
+        return numbered or [k for k in self.arrays if k == "obj/obj"]
+
+    def objects(self, t):  # (things, 7) xyz wxyz
+        return np.array([self.arrays[name][t] for name in self.object_names]).reshape(-1, 7)
 
     def _drawer_speeds(self, t):  # (3,) m/s, central difference: velocities of drawers are not recorded
         before, after = max(t - 1, 0), min(t + 1, len(self.arrays["drawer"]) - 1)
-        return (self.arrays["drawer"][after] - self.arrays["drawer"][before]) * CONTROL_FREQ / max(after - before, 1)
+        moved = self.arrays["drawer"][after] - self.arrays["drawer"][before]
+        return moved * self.meta["control_freq"] / max(after - before, 1)
 
     def tcp(self, t):  # (3,) m, world
         return self.arrays["tcp"][t, :3]
 
     def drawer(self, t):  # m
+        if not self.meta["drawer_joints"]:
+            return 0.0
         return self.arrays["drawer"][t, self.meta["drawer_joints"].index(f"{self.meta['drawer_id']}_drawer_joint")]
 
 
@@ -92,18 +104,55 @@ def find_recordings(paths: list[Path]) -> list[Path]:
     ]
 
 
-def reset_to(env: SimplerEnv, recording: Recording):
-    """Reset with the recording's robot, background and object, then take its exact first state."""
-    base, meta = recording.meta["robot_base"], recording.meta
-    options = {
+def recorded_setup(recording: Recording) -> Setup:
+    """The episode of a recording: what its seed draws, corrected by what the recording says."""
+    meta, task = recording.meta, get_task(recording.meta["task"])
+    x, y, _, w, *_, z = recording.meta["robot_base"]
+    choices = {
+        **task.draw(int(meta["seed"])),
+        "robot_xy": (x, y),
+        "robot_yaw": 2 * np.arctan2(z, w) - np.pi,
         "urdf_version": meta["urdf_version"] or "",
-        "robot_xy": tuple(base[:2]),
-        "robot_yaw": 2 * np.arctan2(base[6], base[3]) - np.pi,
-        "overlay": str(recording.folder / "overlay.png"),
     }
-    env.reset(seed=0, options=options)
+    if (recording.folder / "overlay.png").exists():
+        choices["overlay"] = str((recording.folder / "overlay.png").resolve())
+    if task.drawers:
+        choices["drawer"] = meta["drawer_id"]
+    models = [meta["objects"][name.removeprefix("obj/")] for name in recording.object_names]
+    if task.models:
+        choices["model"] = models[0]
+    if task.episodes:
+        choices["episode_id"] = min(range(task.episodes), key=lambda n: mismatch(task, choices, n, models, recording))
+    return task.setup(choices)
+
+
+def mismatch(task: Task, choices: dict, number: int, models: list[str], recording: Recording) -> float:
+    """How badly a numbered episode fits the recording, m and rad; infinite where other objects are meant."""
+    setup = task.setup({**choices, "episode_id": number})
+    if [thing.model for thing in setup.things] != models or setup.instructions[0] != recording.meta["instruction"]:
+        return np.inf
+    poses = recording.objects(0)
+    away = sum(np.linalg.norm(pose[:2] - thing.xy) for pose, thing in zip(poses, setup.things))
+    return away + sum(angle_between(pose[3:], thing.quat) for pose, thing in zip(poses, setup.things))
+
+
+def angle_between(q, other) -> float:
+    """rad, between two orientations (wxyz)."""
+    return 2 * float(np.arccos(np.clip(abs(np.dot(q, other)), 0, 1)))
+
+
+def reset_to(env: SimplerEnv, recording: Recording) -> tuple[float, float]:
+    """Reset with the recording's robot, background and objects, then take its exact first state.
+
+    Returns how far (mm, degrees, the worst of all objects) ours came to rest from the recorded ones; 0 without objects.
+    """
+    env.reset(seed=int(recording.meta["seed"]), options={"setup": recorded_setup(recording)})
+    poses = recording.objects(0)
+    away = [1000 * np.linalg.norm(thing.pose.p - pose[:3]) for thing, pose in zip(env.things, poses)]
+    turned = [np.degrees(angle_between(thing.pose.q, pose[3:])) for thing, pose in zip(env.things, poses)]
     env.set_state(**recording.state(0))
     env.agent.controller.reset()
+    return float(max(away, default=0.0)), float(max(turned, default=0.0))
 
 
 def has_robot_contact(env: SimplerEnv) -> bool:
@@ -129,17 +178,16 @@ def control_step(env: SimplerEnv, action) -> bool:
 
 
 def errors(env: SimplerEnv, recording: Recording, t: int) -> tuple[float, float, float]:
-    """(TCP, drawer, object) error in mm after t control steps; object NaN where there is none."""
+    """(TCP, drawer, worst object) error in mm after t control steps; object NaN where there is none."""
     tcp = np.linalg.norm(env.agent.controller.tcp.entity_pose.p - recording.tcp(t))
-    drawer = abs(env.drawer_qpos() - recording.drawer(t))
-    pose = recording.state(t)["object_pose"]
-    thing = np.linalg.norm(env.object.pose.p - pose[:3]) if env.object else np.nan
-    return 1000 * tcp, 1000 * drawer, 1000 * thing
+    drawer = abs(env.drawer_qpos() - recording.drawer(t)) if env.cabinet else 0.0
+    objects = [np.linalg.norm(thing.pose.p - pose[:3]) for thing, pose in zip(env.things, recording.objects(t))]
+    return 1000 * tcp, 1000 * drawer, 1000 * max(objects, default=np.nan)
 
 
 def replay(env: SimplerEnv, recording: Recording, resync: int | None = None) -> dict:
     """Replay the recorded actions. Returns errors (T, 3) mm, touched (T,) bool, success (T,) bool."""
-    reset_to(env, recording)
+    settled = reset_to(env, recording)
     advance_at, rows, touched, success = recording.meta.get("advance_at"), [], [], []
     for t, action in enumerate(recording.arrays["action"]):
         if resync and t and t % resync == 0:
@@ -150,7 +198,8 @@ def replay(env: SimplerEnv, recording: Recording, resync: int | None = None) -> 
         rows.append(errors(env, recording, t + 1))
         success.append(bool(env.evaluate()["success"]))
     return {
-        "drawer": env.drawer_qpos(),
+        "drawer": env.drawer_qpos() if env.cabinet else 0.0,
+        "settled": settled,
         "errors": np.array(rows),
         "touched": np.array(touched),
         "success": np.array(success),
@@ -169,15 +218,14 @@ def synchronise(env: SimplerEnv, recording: Recording, t: int):
         env.set_state(**recording.state(k))
         controller.set_action(recording.arrays["action"][k])
     env.set_state(**recording.state(t))
-    if env.object:
-        before, now = (sapien.Pose(p[:3], p[3:]) for p in (recording.state(k)["object_pose"] for k in (t - 1, t)))
-        hand_before, hand = (sapien.Pose(p[:3], p[3:]) for p in recording.arrays["tcp"][t - 1 : t + 1])
+    hand_before, hand = (sapien.Pose(p[:3], p[3:]) for p in recording.arrays["tcp"][t - 1 : t + 1])
+    for thing, *poses in zip(env.things, recording.objects(t - 1), recording.objects(t)):
+        before, now = (sapien.Pose(p[:3], p[3:]) for p in poses)
         slipped = np.linalg.norm((hand_before.inv() * before).p - (hand.inv() * now).p)
         if np.linalg.norm(now.p - before.p) > HELD_MOTION and slipped < HELD_SLIP:
-            tcp = controller.tcp
-            turning = np.cross(tcp.angular_velocity, now.p - tcp.entity_pose.p)
-            env.object_body.linear_velocity = tcp.linear_velocity + turning
-            env.object_body.angular_velocity = tcp.angular_velocity
+            tcp, body = controller.tcp, body_of(thing)
+            body.linear_velocity = tcp.linear_velocity + np.cross(tcp.angular_velocity, now.p - tcp.entity_pose.p)
+            body.angular_velocity = tcp.angular_velocity
 
 
 def psnr_db(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -208,6 +256,8 @@ def report(recording: Recording, free: dict, synced: dict, frames: dict[int, flo
     return {
         "episode": recording.name,
         "steps": len(free["touched"]),
+        "settled_mm": free["settled"][0],
+        "settled_degrees": free["settled"][1],
         "first_contact": first if len(contact) else None,
         "free_tcp_mm_max": float(free["errors"][:first, 0].max()) if first else 0.0,
         "tcp_mm_final": float(last[0]),
@@ -251,7 +301,7 @@ def main():
     results, env = [], None
     for recording in track(recordings, "replaying", console=console):
         if env is None or env.task != get_task(recording.meta["task"]):
-            env = SimplerEnv(recording.meta["task"], width=640, height=512)
+            env = SimplerEnv(recording.meta["task"], *ROBOTS[get_task(recording.meta["task"]).robot].picture_size)
         free = replay(env, recording)
         synced = replay(env, recording, arguments.resync)
         results.append(report(recording, free, synced, compare_frames(env, recording)))
@@ -260,12 +310,12 @@ def main():
         print(json.dumps(results, indent=1))
         return
     table = Table(title=f"errors in mm; resync every {arguments.resync} steps")
-    columns = ("first_contact", "free_tcp_mm_max", "tcp_mm_final", "resync_tcp_mm_median", "resync_object_mm_max",
+    columns = ("settled_mm", "settled_degrees", "first_contact", "free_tcp_mm_max", "tcp_mm_final", "resync_tcp_mm_median", "resync_object_mm_max",
                "drawer_mm_final", "object_mm_final", "success", "recorded_success", "psnr_reset_db")  # fmt: skip
     for column in ("episode", *columns):
         table.add_column(column.replace("_", " "))
     for r in results:
-        table.add_row(r["episode"].replace("google_robot_", ""),
+        table.add_row(r["episode"].removeprefix("google_robot_"),
                       *(f"{r[c]:.2f}" if isinstance(r[c], float) else str(r[c]) for c in columns))  # fmt: skip
     Console(width=200).print(table)
     for r in results:

@@ -1,0 +1,253 @@
+"""The original `simpler_env` behind our Env protocol, in an interpreter of its own (`upstream_server.py`).
+
+    env = make_upstream_env("open_and_place")
+    observation, info = env.reset(seed=0)
+
+Upstream needs numpy < 2 and SAPIEN 2.2.2, so the two talk over a local socket, in msgpack. Observations, actions,
+options and the rules for `info` are those of `envs/simpler.py`: the same policy runs in both on the same episodes.
+"""
+
+import os
+import socket
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+import msgpack
+import numpy as np
+
+from envs.assets import user_cache
+from envs.tasks import BY_NAME
+from selfflow_robot.interfaces import ACTION_DIM, PROPRIO_DIM, Observation
+
+PROTOCOL = 1  # as in upstream_server.py
+MAX_FRAME = 16 << 20  # bytes, of one message
+SERVER = Path(__file__).with_name("upstream_server.py")
+REMEDY = """upstream SIMPLER is not installed. With Python 3.10 or 3.11 (SAPIEN 2.2.2 exists for no newer one):
+    git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv
+    python3.11 -m venv {cache}
+    {cache}/bin/pip install "numpy<2" "opencv-python<4.12" msgpack \\
+        -e SimplerEnv/ManiSkill2_real2sim -e SimplerEnv
+or name an interpreter that has it: SIMPLER_UPSTREAM_PYTHON=/path/to/python"""
+
+
+def upstream_python(python: str | Path | None = None) -> Path:
+    """The interpreter that has upstream: the argument, else SIMPLER_UPSTREAM_PYTHON, else the one in the user cache.
+
+    Raises FileNotFoundError with the commands that install it.
+    """
+    cache = user_cache() / "upstream"
+    path = Path(python or os.environ.get("SIMPLER_UPSTREAM_PYTHON") or cache / "bin/python")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {REMEDY.format(cache=cache)}")
+    return path
+
+
+def make_upstream_env(
+    task: str = "open_and_place",
+    width: int = 160,
+    height: int = 128,
+    python: str | Path | None = None,
+    render: bool = True,
+    port: int | None = None,
+    timeout: float = 300.0,
+) -> "UpstreamEnv":
+    """Start upstream with one scene (our short name or any of upstream's task names) and connect to it.
+
+    width, height: of the picture, shrunk from upstream's own. render: False runs physics alone and `images` stays
+    empty; SAPIEN 2.2.2 draws only with a GPU or Mesa 26. port: connect to a server already listening on 127.0.0.1
+    (`python envs/upstream_server.py --port 5560`) instead of starting one. timeout: s, the longest wait for an answer.
+    """
+    task = BY_NAME[task].name if task in BY_NAME else task
+    if port is not None:
+        server = None
+        connection = socket.create_connection(("127.0.0.1", port), timeout)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    else:
+        server, connection = start_server(upstream_python(python))
+    connection.settimeout(timeout)
+    return UpstreamEnv(Link(connection, server), task, width, height, render)
+
+
+class Server:
+    """The child process and what it has said on its standard error."""
+
+    def __init__(self, command: list[str], fd: int):
+        self.log = tempfile.TemporaryFile()  # not a pipe: a full pipe would block the child
+        ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+        environment = {key: value for key, value in os.environ.items() if key not in ours}
+        self.process = subprocess.Popen(
+            command, pass_fds=[fd], env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
+        )
+
+    def stop(self, patience: float = 5.0):
+        """Wait for it to notice that we have hung up; kill it if it does not."""
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def last_words(self, lines: int = 8) -> str:
+        self.log.seek(0)
+        text = self.log.read().decode(errors="replace").strip()
+        return "\n".join(text.splitlines()[-lines:]) or "(it printed nothing)"
+
+
+def start_server(python: Path) -> tuple[Server, socket.socket]:
+    """A child with one end of a fresh socket; nobody else can connect to it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        # -I: neither our folder nor our environment variables decide what upstream imports
+        server = Server([str(python), "-I", str(SERVER), "--fd", str(theirs.fileno())], theirs.fileno())
+    return server, ours
+
+
+class Link:
+    """Calls over the socket. Whatever goes wrong below ends the link with one RuntimeError that says what and why."""
+
+    def __init__(self, connection: socket.socket, server: Server | None = None):
+        self.connection, self.server = connection, server
+
+    def call(self, name: str, **arguments) -> dict:
+        if self.connection is None:
+            raise RuntimeError("the upstream environment is closed")
+        try:
+            self._send({"call": name, **arguments})
+            answer = self._receive()
+        except TimeoutError:
+            self._fail(f"upstream did not answer {name!r} within {self.connection.gettimeout():g} s", hung=True)
+        except (OSError, EOFError) as error:
+            self._fail(f"upstream hung up during {name!r} ({error})")
+        except ValueError as error:
+            self._fail(f"upstream answered {name!r} with something else than this protocol: {error}", hung=True)
+        if answer["ok"]:
+            return answer
+        message = f"{answer.get('message')}"
+        if answer.get("error") in ("ValueError", "FileNotFoundError"):  # ours to correct; the link stays
+            raise {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}[answer["error"]](message)
+        raise RuntimeError(f"upstream failed in {name!r}: {answer.get('error')}: {message}")
+
+    def close(self):
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        if self.server is not None:
+            self.server.stop()
+
+    def _fail(self, what: str, hung: bool = False):
+        self.connection.close()
+        self.connection = None
+        if self.server is None:
+            raise RuntimeError(what) from None
+        self.server.stop(0.2 if hung else 5.0)
+        code = self.server.process.returncode
+        raise RuntimeError(f"{what}; exit status {code}; its last lines:\n{self.server.last_words()}") from None
+
+    def _send(self, message: dict):
+        data = msgpack.packb(message)
+        self.connection.sendall(struct.pack(">I", len(data)) + data)
+
+    def _receive(self) -> dict:
+        (length,) = struct.unpack(">I", self._read(4))
+        if length > MAX_FRAME:
+            raise ValueError(f"a frame of {length} bytes, more than {MAX_FRAME}")
+        try:
+            answer = msgpack.unpackb(self._read(length))
+        except (msgpack.UnpackException, ValueError) as error:
+            raise ValueError(f"not msgpack ({error})") from error
+        if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
+            raise ValueError(f"not an answer: {str(answer)[:80]}")
+        return answer
+
+    def _read(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            piece = self.connection.recv(min(length - len(data), 1 << 20))
+            if not piece:
+                raise EOFError(f"{len(data)} of {length} bytes arrived")
+            data += piece
+        return bytes(data)
+
+
+class UpstreamEnv:
+    """One upstream scene as an `Env`; `rollout` and the evaluation take it like ours.
+
+    `reset(seed=..., options=...)`: the seed draws the episode; options fix parts of it: pose, robot_xy (m), robot_yaw
+    (rad), overlay, urdf_version, object_xy (m), orientation, episode_id, model_id, drawer_qpos (m), reconfigure.
+    """
+
+    def __init__(self, link: Link, task: str, width: int, height: int, render: bool):
+        self.link, self.task, self.width, self.height, self.render_pictures = link, task, width, height, render
+        try:
+            about = link.call("hello", protocol=PROTOCOL, task=task, width=width, height=height, render=render)
+            if about.get("protocol") != PROTOCOL:
+                raise RuntimeError(f"upstream's server speaks protocol {about.get('protocol')}, we speak {PROTOCOL}")
+        except BaseException:
+            link.close()
+            raise
+        self.about = about  # view, max_steps, control_freq, sim_freq, versions
+        self.view, self.max_steps = about["view"], about["max_steps"]
+        self._final, self._instruction = True, ""
+
+    @property
+    def unwrapped(self) -> "UpstreamEnv":
+        return self
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
+        answer = self.link.call("reset", seed=None if seed is None else int(seed), options=_plain(options or {}))
+        return self._observation(answer), answer["info"]
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict]:
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"action must be 7 finite numbers [dx dy dz rx ry rz gripper], got {action}")
+        answer = self.link.call("step", action=action.tolist())
+        observation = self._observation(answer)
+        return observation, answer["reward"], answer["terminated"], answer["truncated"], answer["info"]
+
+    def is_final_subtask(self) -> bool:
+        return self._final
+
+    def advance_to_next_subtask(self):
+        """The policy declares its subtask done; the next observation carries the new instruction."""
+        answer = self.link.call("advance_to_next_subtask")
+        self._final, self._instruction = answer["final_subtask"], answer["instruction"]
+
+    @property
+    def instruction(self) -> str:
+        return self._instruction
+
+    def state(self) -> dict:
+        """Privileged: joint_names, qpos, qvel, base, tcp, objects, drawers; poses [x y z qw qx qy qz], world."""
+        return {key: value for key, value in self.link.call("state").items() if key != "ok"}
+
+    def close(self):
+        self.link.close()
+
+    def _observation(self, answer: dict) -> Observation:
+        try:
+            self._final, self._instruction = bool(answer["final_subtask"]), str(answer["instruction"])
+            proprio = np.array(answer["proprio"], np.float32)
+            images = {view: self._picture(packed) for view, packed in answer["images"].items()}
+            if proprio.shape != (PROPRIO_DIM,) or bool(images) != self.render_pictures:
+                raise ValueError(f"proprio of shape {proprio.shape}, views {list(images)}")
+        except (KeyError, TypeError, ValueError) as error:
+            self.link.close()
+            raise RuntimeError(f"upstream's answer is malformed: {error!r}") from error
+        return {"images": images, "proprio": proprio, "instruction": self._instruction}
+
+    def _picture(self, packed: dict) -> np.ndarray:
+        if list(packed["shape"]) != [self.height, self.width, 3]:
+            raise ValueError(f"a picture of shape {packed['shape']} instead of {[self.height, self.width, 3]}")
+        return np.frombuffer(packed["data"], np.uint8).reshape(packed["shape"]).copy()
+
+
+def _plain(value):
+    """Reset options as msgpack can carry them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
