@@ -12,7 +12,7 @@ How it plugs into ManiSkill's GPU backend, where one controller object serves al
   `finger_speed[:, k]` with `set_joint_drive_velocity_targets`, then calls `px.gpu_apply_articulation_target_position`
   and `_velocity` itself: ManiSkill applies targets once per control step only.
 - SAPIEN has no `compute_passive_force` on the GPU. There `disable_gravity` of the links takes its place; Coriolis and
-  centrifugal forces stay uncompensated. Solver iterations cannot follow each environment's contacts either: all use
+  centrifugal forces stay uncompensated. Solver iterations do not follow each environment's contacts: all would use
   `GRASP_SOLVER_ITERATIONS`. Both change the physics, not how targets follow from sensed joints.
 """
 
@@ -128,9 +128,10 @@ def read_chain(urdf: str | Path, tip: str = "link_gripper_tcp", device="cpu") ->
     names, axes, origins, origin = [], [], [], torch.eye(4, dtype=torch.float64)
     for joint in joints:
         step = torch.eye(4, dtype=torch.float64)
-        step[:3, 3] = numbers(joint.find("origin").get("xyz"))
-        rpy = numbers(joint.find("origin").get("rpy"))
-        step[:3, :3] = torch.from_numpy(Rotation.from_euler("xyz", rpy.numpy()).as_matrix())
+        placed = joint.find("origin")
+        place = {"xyz": "0 0 0", "rpy": "0 0 0", **({} if placed is None else placed.attrib)}
+        step[:3, 3] = numbers(place["xyz"])
+        step[:3, :3] = torch.from_numpy(Rotation.from_euler("xyz", numbers(place["rpy"]).numpy()).as_matrix())
         origin = origin @ step
         if joint.get("type") == "revolute":
             names.append(joint.get("name"))
@@ -161,7 +162,7 @@ def inverse_kinematics(chain: Chain, tcp: torch.Tensor, q: torch.Tensor) -> tupl
     """Joint positions (B, J) rad that bring the TCP to `tcp` (B, 4, 4), from q (B, J), and whether they do (B,).
 
     SAPIEN's closed loop: a tenth of a damped Gauss-Newton step at a time on log(current^-1 target) of the last joint's
-    frame, until its norm falls below the tolerance. Each environment stops for itself; where none is found, q is no use.
+    frame, until its norm falls below the tolerance. Each environment stops for itself; unfound, its q is no use.
     """
     target, damping = tcp @ inverse(chain.tip), IK_DAMPING * torch.eye(6).to(q)
     for iteration in range(IK_ITERATIONS + 1):
@@ -276,9 +277,7 @@ class BatchedController:
         tcp = self.tcp_pose(qpos)
         turned = rotation_matrix(action[:, 3:6]) @ tcp[:, :3, :3]
         top = torch.cat([turned, (tcp[:, :3, 3] + action[:, :3])[..., None]], -1)
-        solution, success = inverse_kinematics(
-            self.chain, torch.cat([top, tcp[:, 3:]], -2), q=arm[:, self.reaching]
-        )
+        solution, success = inverse_kinematics(self.chain, torch.cat([top, tcp[:, 3:]], -2), q=arm[:, self.reaching])
         arm_target = arm.clone()
         arm_target[:, self.reaching] = torch.where(success[:, None], solution, arm[:, self.reaching])
         moved = self.moved[:, None]

@@ -64,7 +64,7 @@ class Table:
     color: tuple[float, float, float] = (0.43, 0.36, 0.3)
 
 
-GOOGLE_TABLE = Table(0.887532, (-0.62, -0.20), (0.06, 0.62))
+GOOGLE_TABLE = Table(0.887532, (-0.75, -1.0), (0.25, 1.0))
 WIDOWX_TABLE = Table(0.869532, (-0.70, -0.60), (0.10, 0.60), (0.42, 0.2, 0.12))
 
 

@@ -18,18 +18,26 @@ import msgpack
 import numpy as np
 
 from envs.assets import user_cache
-from envs.tasks import BY_NAME
+from envs.tasks import Task, get_task
 from selfflow_robot.interfaces import ACTION_DIM, PROPRIO_DIM, Observation
 
 PROTOCOL = 1  # as in upstream_server.py
 MAX_FRAME = 16 << 20  # bytes, of one message
+LAST_LINES = 8  # of the server, in an error
+SEEN = ("images", "proprio", "instruction", "final_subtask", "info")  # in every answer that holds an observation
+STEPPED = (*SEEN, "reward", "terminated", "truncated")
+COMMON_OPTIONS = ("robot_xy", "robot_yaw", "urdf_version", "overlay", "reconfigure")
 SERVER = Path(__file__).with_name("upstream_server.py")
-REMEDY = """upstream SIMPLER is not installed. With Python 3.10 or 3.11 (SAPIEN 2.2.2 exists for no newer one):
+REMEDY = """Upstream SIMPLER needs Python 3.10 or 3.11 (there is no SAPIEN 2.2.2 for newer ones):
     git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv
     python3.11 -m venv {cache}
-    {cache}/bin/pip install "numpy<2" "opencv-python<4.12" msgpack \\
+    {cache}/bin/pip install "numpy<2" "opencv-python<4.12" "setuptools<81" msgpack \\
         -e SimplerEnv/ManiSkill2_real2sim -e SimplerEnv
 or name an interpreter that has it: SIMPLER_UPSTREAM_PYTHON=/path/to/python"""
+
+
+def remedy() -> str:
+    return REMEDY.format(cache=user_cache() / "upstream")
 
 
 def upstream_python(python: str | Path | None = None) -> Path:
@@ -37,10 +45,9 @@ def upstream_python(python: str | Path | None = None) -> Path:
 
     Raises FileNotFoundError with the commands that install it.
     """
-    cache = user_cache() / "upstream"
-    path = Path(python or os.environ.get("SIMPLER_UPSTREAM_PYTHON") or cache / "bin/python")
+    path = Path(python or os.environ.get("SIMPLER_UPSTREAM_PYTHON") or user_cache() / "upstream/bin/python")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {REMEDY.format(cache=cache)}")
+        raise FileNotFoundError(f"{path} does not exist. {remedy()}")
     return path
 
 
@@ -50,16 +57,18 @@ def make_upstream_env(
     height: int = 128,
     python: str | Path | None = None,
     render: bool = True,
+    shader: str | None = None,
     port: int | None = None,
     timeout: float = 300.0,
 ) -> "UpstreamEnv":
-    """Start upstream with one scene (our short name or any of upstream's task names) and connect to it.
+    """Start upstream with one scene (upstream or short name) and connect to it.
 
     width, height: of the picture, shrunk from upstream's own. render: False runs physics alone and `images` stays
-    empty; SAPIEN 2.2.2 draws only with a GPU or Mesa 26. port: connect to a server already listening on 127.0.0.1
+    empty; SAPIEN 2.2.2 draws only with a GPU or Mesa 26. shader: "ibl" rasterises the drawer tasks too, which otherwise
+    trace rays and need a GPU that can. port: connect to a server already listening on 127.0.0.1
     (`python envs/upstream_server.py --port 5560`) instead of starting one. timeout: s, the longest wait for an answer.
     """
-    task = BY_NAME[task].name if task in BY_NAME else task
+    get_task(task)  # an unknown name fails before anything is started
     if port is not None:
         server = None
         connection = socket.create_connection(("127.0.0.1", port), timeout)
@@ -67,32 +76,33 @@ def make_upstream_env(
     else:
         server, connection = start_server(upstream_python(python))
     connection.settimeout(timeout)
-    return UpstreamEnv(Link(connection, server), task, width, height, render)
+    return UpstreamEnv(Link(connection, server), task, width, height, render, shader)
 
 
 class Server:
-    """The child process and what it has said on its standard error."""
+    """The child process and what it says on its standard error."""
 
     def __init__(self, command: list[str], fd: int):
-        self.log = tempfile.TemporaryFile()  # not a pipe: a full pipe would block the child
         ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
         environment = {key: value for key, value in os.environ.items() if key not in ours}
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the child; a pipe that is full would block it)
         self.process = subprocess.Popen(
             command, pass_fds=[fd], env=environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
         )
 
-    def stop(self, patience: float = 5.0):
-        """Wait for it to notice that we have hung up; kill it if it does not."""
+    def stop(self, patience: float = 5.0) -> str:
+        """Give it this long (s) to notice that we have hung up, else kill it; returns the last lines it printed."""
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-    def last_words(self, lines: int = 8) -> str:
-        self.log.seek(0)
-        text = self.log.read().decode(errors="replace").strip()
-        return "\n".join(text.splitlines()[-lines:]) or "(it printed nothing)"
+        if self.log.closed:
+            return ""
+        with self.log:
+            self.log.seek(0)
+            lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return "\n".join(lines[-LAST_LINES:]) or "(nothing)"
 
 
 def start_server(python: Path) -> tuple[Server, socket.socket]:
@@ -110,24 +120,28 @@ class Link:
     def __init__(self, connection: socket.socket, server: Server | None = None):
         self.connection, self.server = connection, server
 
-    def call(self, name: str, **arguments) -> dict:
+    def call(self, name: str, expect: tuple[str, ...] = (), **arguments) -> dict:
+        """The answer, which has the keys `expect`. ValueError or FileNotFoundError: the server refused the request."""
         if self.connection is None:
             raise RuntimeError("the upstream environment is closed")
         try:
             self._send({"call": name, **arguments})
-            answer = self._receive()
+            answer = self._receive(expect)
         except TimeoutError:
             self._fail(f"upstream did not answer {name!r} within {self.connection.gettimeout():g} s", hung=True)
         except (OSError, EOFError) as error:
             self._fail(f"upstream hung up during {name!r} ({error})")
         except ValueError as error:
             self._fail(f"upstream answered {name!r} with something else than this protocol: {error}", hung=True)
+        except BaseException:  # interrupted: the answer still to come would be taken for the next call's
+            self.close()
+            raise
         if answer["ok"]:
             return answer
-        message = f"{answer.get('message')}"
-        if answer.get("error") in ("ValueError", "FileNotFoundError"):  # ours to correct; the link stays
-            raise {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}[answer["error"]](message)
-        raise RuntimeError(f"upstream failed in {name!r}: {answer.get('error')}: {message}")
+        refusal = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}.get(answer["error"])
+        if refusal:
+            raise refusal(answer["message"])
+        raise RuntimeError(f"upstream failed in {name!r}: {answer['error']}: {answer['message']}")
 
     def close(self):
         if self.connection is not None:
@@ -141,15 +155,15 @@ class Link:
         self.connection = None
         if self.server is None:
             raise RuntimeError(what) from None
-        self.server.stop(0.2 if hung else 5.0)
-        code = self.server.process.returncode
-        raise RuntimeError(f"{what}; exit status {code}; its last lines:\n{self.server.last_words()}") from None
+        said = self.server.stop(0.2 if hung else 5.0)
+        status = self.server.process.returncode
+        raise RuntimeError(f"{what}; exit status {status}; the last it said:\n{said}") from None
 
     def _send(self, message: dict):
         data = msgpack.packb(message)
         self.connection.sendall(struct.pack(">I", len(data)) + data)
 
-    def _receive(self) -> dict:
+    def _receive(self, expect: tuple[str, ...]) -> dict:
         (length,) = struct.unpack(">I", self._read(4))
         if length > MAX_FRAME:
             raise ValueError(f"a frame of {length} bytes, more than {MAX_FRAME}")
@@ -159,6 +173,8 @@ class Link:
             raise ValueError(f"not msgpack ({error})") from error
         if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
             raise ValueError(f"not an answer: {str(answer)[:80]}")
+        if missing := set(expect if answer["ok"] else ("error", "message")) - set(answer):
+            raise ValueError(f"an answer without {', '.join(sorted(missing))}")
         return answer
 
     def _read(self, length: int) -> bytes:
@@ -174,21 +190,25 @@ class Link:
 class UpstreamEnv:
     """One upstream scene as an `Env`; `rollout` and the evaluation take it like ours.
 
-    `reset(seed=..., options=...)`: the seed draws the episode; options fix parts of it: pose, robot_xy (m), robot_yaw
-    (rad), overlay, urdf_version, object_xy (m), orientation, episode_id, model_id, drawer_qpos (m), reconfigure.
+    `reset(seed=..., options=...)`: the seed draws the episode, without one upstream's chain goes on; options fix parts
+    of it: those of the task (`Task.options`) and robot_xy (m), robot_yaw (rad), urdf_version, overlay, reconfigure.
     """
 
-    def __init__(self, link: Link, task: str, width: int, height: int, render: bool):
-        self.link, self.task, self.width, self.height, self.render_pictures = link, task, width, height, render
+    def __init__(self, link: Link, task: str, width: int, height: int, render: bool, shader: str | None = None):
+        self.link, self.task, self.render = link, get_task(task), render
+        self.shape = (height, width, 3)
+        hello = dict(protocol=PROTOCOL, task=self.task.name, width=width, height=height, render=render, shader=shader)
         try:
-            about = link.call("hello", protocol=PROTOCOL, task=task, width=width, height=height, render=render)
-            if about.get("protocol") != PROTOCOL:
-                raise RuntimeError(f"upstream's server speaks protocol {about.get('protocol')}, we speak {PROTOCOL}")
-        except BaseException:
+            about = link.call("hello", ("protocol", "view", "max_steps"), **hello)
+            if about["protocol"] != PROTOCOL:
+                raise RuntimeError(f"upstream's server speaks protocol {about['protocol']}, we speak {PROTOCOL}")
+        except BaseException as error:
             link.close()
+            if "No module named" in str(error):
+                raise RuntimeError(f"{error}\n{remedy()}") from error
             raise
-        self.about = about  # view, max_steps, control_freq, sim_freq, versions
         self.view, self.max_steps = about["view"], about["max_steps"]
+        self.versions = about.get("versions")
         self._final, self._instruction = True, ""
 
     @property
@@ -196,14 +216,15 @@ class UpstreamEnv:
         return self
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Observation, dict]:
-        answer = self.link.call("reset", seed=None if seed is None else int(seed), options=_plain(options or {}))
+        options = episode_options(self.task, options or {})
+        answer = self.link.call("reset", SEEN, seed=None if seed is None else int(seed), options=options)
         return self._observation(answer), answer["info"]
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict]:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"action must be 7 finite numbers [dx dy dz rx ry rz gripper], got {action}")
-        answer = self.link.call("step", action=action.tolist())
+        answer = self.link.call("step", STEPPED, action=action.tolist())
         observation = self._observation(answer)
         return observation, answer["reward"], answer["terminated"], answer["truncated"], answer["info"]
 
@@ -212,7 +233,7 @@ class UpstreamEnv:
 
     def advance_to_next_subtask(self):
         """The policy declares its subtask done; the next observation carries the new instruction."""
-        answer = self.link.call("advance_to_next_subtask")
+        answer = self.link.call("advance_to_next_subtask", ("final_subtask", "instruction"))
         self._final, self._instruction = answer["final_subtask"], answer["instruction"]
 
     @property
@@ -231,23 +252,33 @@ class UpstreamEnv:
             self._final, self._instruction = bool(answer["final_subtask"]), str(answer["instruction"])
             proprio = np.array(answer["proprio"], np.float32)
             images = {view: self._picture(packed) for view, packed in answer["images"].items()}
-            if proprio.shape != (PROPRIO_DIM,) or bool(images) != self.render_pictures:
+            if proprio.shape != (PROPRIO_DIM,) or set(images) != ({self.view} if self.render else set()):
                 raise ValueError(f"proprio of shape {proprio.shape}, views {list(images)}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             self.link.close()
             raise RuntimeError(f"upstream's answer is malformed: {error!r}") from error
         return {"images": images, "proprio": proprio, "instruction": self._instruction}
 
     def _picture(self, packed: dict) -> np.ndarray:
-        if list(packed["shape"]) != [self.height, self.width, 3]:
-            raise ValueError(f"a picture of shape {packed['shape']} instead of {[self.height, self.width, 3]}")
-        return np.frombuffer(packed["data"], np.uint8).reshape(packed["shape"]).copy()
+        if tuple(packed["shape"]) != self.shape:
+            raise ValueError(f"a picture of shape {packed['shape']} instead of {self.shape}")
+        return np.frombuffer(packed["data"], np.uint8).reshape(self.shape).copy()
+
+
+def episode_options(task: Task, options: dict) -> dict:
+    """Our reset options, checked as ours are, as the server takes them. ValueError for what does not exist."""
+    known = (*task.options, *COMMON_OPTIONS)
+    if unknown := set(options) - set(known):
+        raise ValueError(f"unknown reset options {sorted(unknown)} for {task.short}; known: {', '.join(known)}")
+    setup = task.setup({**task.draw(0), **options})  # raises ValueError for values that do not exist
+    sent = dict(options)
+    if sent.pop("pose", None):
+        sent = {"robot_xy": setup.robot_xy, "robot_yaw": setup.robot_yaw, "overlay": setup.overlay, **sent}
+    return {key: _plain(value) for key, value in sent.items()}
 
 
 def _plain(value):
-    """Reset options as msgpack can carry them."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+    """As msgpack can carry it."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

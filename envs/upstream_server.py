@@ -23,33 +23,16 @@ import numpy as np
 
 PROTOCOL = 1  # raise it whenever a message changes its meaning
 MAX_FRAME = 16 << 20  # bytes, of one message
-CAMERAS = {"google": ("overhead_camera", "overhead"), "widowx": ("3rd_view_camera", "third_view")}
+CAMERAS = {"google": ("overhead_camera", "overhead"), "widowx": ("3rd_view_camera", "third_person")}
 FINGER_RANGE = 1.31  # rad, google: gripper action +-1 is a step of this much
-# Robot poses that have a real background picture, by its name: x m, y m, yaw rad (visual matching).
-POSES = {
-    "a0": (0.644, -0.179, -0.03),
-    "a1": (0.765, -0.182, -0.02),
-    "a2": (0.889, -0.203, -0.06),
-    "b0": (0.652, 0.009, 0.0),
-    "b1": (0.752, 0.009, 0.0),
-    "b2": (0.851, 0.035, 0.0),
-    "c0": (0.665, 0.224, 0.0),
-    "c1": (0.765, 0.222, -0.025),
-    "c2": (0.865, 0.222, -0.025),
-}
-ORIENTATIONS = {"upright": "upright", "standing": "upright", "vertical": "laid_vertically", "horizontal": "lr_switch"}
-OPTIONS = (
-    *("pose", "robot_xy", "robot_yaw", "overlay", "urdf_version", "object_xy", "orientation"),
-    *("episode_id", "model_id", "drawer_qpos", "reconfigure"),
-)
-# Boxes from the floor up for stages whose mesh is absent: top, world z (m); x and y range (m); upstream's scene offset (m).
+# Boxes from the floor up where a stage's mesh is absent: top, world z; x and y range; upstream's scene offset (m).
 STAGES = {
-    "google_": (0.887532, (-0.9, 0.1), (-0.8, 1.2), (-1.6616, -3.0337)),
-    "bridge_": (0.869532, (-1.0, 0.6), (-1.0, 1.0), (-2.0634, -2.8313)),
+    "google_": (0.887532, (-0.62, 0.06), (-0.20, 0.62), (-1.6616, -3.0337)),
+    "bridge_": (0.869532, (-0.70, 0.10), (-0.60, 0.60), (-2.0634, -2.8313)),
 }
 
 
-# -- what upstream needs to run on less than a GPU and all its files -----------------------------------------------------
+# -- what upstream needs to run on less than a GPU and all its files ---------------------------------------------------
 
 
 class NoRenderer:
@@ -81,8 +64,20 @@ def remove_renderer():
     BaseEnv._setup_cameras = no_cameras
 
 
+def set_shader(name: str):
+    """Draw every task with this shader ("ibl": rasteriser, "rt": ray tracing) instead of the one it asks for."""
+    from mani_skill2_real2sim.envs.sapien_env import BaseEnv
+
+    build = BaseEnv.__init__
+
+    def build_with_shader(env, *args, **kwargs):
+        build(env, *args, **{**kwargs, "shader_dir": name})
+
+    BaseEnv.__init__ = build_with_shader
+
+
 def tolerate_missing_files() -> set:
-    """Put a flat box where a stage mesh is absent and leave absent looks away; returns the (growing) set of absentees.
+    """Put a box where a stage mesh is absent and leave absent looks away; returns the (growing) set of absentees.
 
     In the visual-matching protocol the stage is hidden behind the real background; only its flat top matters.
     """
@@ -100,7 +95,7 @@ def tolerate_missing_files() -> set:
         top, (x0, x1), (y0, y1), offset = stage
         centre = [(x0 + x1) / 2 + offset[0], (y0 + y1) / 2 + offset[1], top / 2]
         self.add_box_collision(sapien.Pose(centre), [(x1 - x0) / 2, (y1 - y0) / 2, top / 2])
-        absent.add(Path(filename).name)
+        absent.add(f"stages/{Path(filename).name}")
         print(f"{filename} is absent: a box with its top at {top} m stands in", file=sys.stderr)
 
     def add_visual(self, filename, *args, **kwargs):
@@ -112,19 +107,21 @@ def tolerate_missing_files() -> set:
     return absent
 
 
-# -- the scene -----------------------------------------------------------------------------------------------------------
+# -- the scene ---------------------------------------------------------------------------------------------------------
 
 
 class Scene:
     """One upstream environment; its methods without underscore are the calls a client can make."""
 
-    def __init__(self, task: str, width: int, height: int, render: bool):
+    def __init__(self, task: str, width: int, height: int, render: bool, shader=None):
         import simpler_env
 
         if task not in simpler_env.ENVIRONMENTS:
             raise ValueError(f"unknown upstream task {task!r}; known: {', '.join(simpler_env.ENVIRONMENTS)}")
         if not render:
             remove_renderer()
+        if shader:
+            set_shader(shader)
         self._absent = tolerate_missing_files()
         self._width, self._height, self._render = width, height, render
         with warnings.catch_warnings():
@@ -149,23 +146,13 @@ class Scene:
         }
 
     def reset(self, seed=None, options=None) -> dict:
-        """Upstream's draws from the seed; options fix parts of the episode afterwards."""
-        options = dict(options or {})
-        if unknown := set(options) - set(OPTIONS):
-            raise ValueError(f"unknown reset options {sorted(unknown)}; known: {', '.join(OPTIONS)}")
-        self._wanted, self._grasped = options, False
-        objects = {}
-        if "object_xy" in options:
-            objects["init_xy"] = np.array(options["object_xy"], dtype=float)
-        if "orientation" in options:
-            objects["orientation"] = ORIENTATIONS.get(options["orientation"], options["orientation"])
-        if "episode_id" in options:
-            objects["episode_id"] = int(options["episode_id"])
-        if "drawer_qpos" in options:
-            objects["cabinet_init_qpos"] = float(options["drawer_qpos"])
-        upstream = {"reconfigure": bool(options.get("reconfigure", False)), "obj_init_options": objects}
-        if "model_id" in options:
-            upstream["model_id"] = options["model_id"]
+        """Upstream's draws from the seed, parts of which the options replace; the client has checked them."""
+        self._wanted, self._grasped = dict(options or {}), False
+        names = {"object_xy": "init_xy", "orientation": "orientation", "episode_id": "episode_id"}
+        objects = {names[key]: value for key, value in self._wanted.items() if key in names}
+        upstream = {"reconfigure": bool(self._wanted.get("reconfigure")), "obj_init_options": objects}
+        if "model" in self._wanted:
+            upstream["model_id"] = self._wanted["model"]
         self._observation, info = self._env.reset(seed=seed, options=upstream)
         return self._answer({**info, "success": False, "elapsed_steps": 0})
 
@@ -200,23 +187,20 @@ class Scene:
 
     def _draw_then_override(self, options: dict) -> bool:
         """Stands in for upstream's hook that draws robot pose, background and URDF; True: build the scene anew."""
-        rebuild, wanted = self._draw(options), self._wanted
+        rebuild, wanted, base = self._draw(options), self._wanted, self._base
         robot = options["robot_init_options"]
-        if (pose := wanted.get("pose")) is not None:
-            if pose not in POSES:
-                raise ValueError(f"unknown robot pose {pose!r}; known: {', '.join(POSES)}")
-            robot["init_xy"], robot["init_rot_quat"] = list(POSES[pose][:2]), _facing(POSES[pose][2])
         if "robot_xy" in wanted:
-            robot["init_xy"] = [float(v) for v in wanted["robot_xy"]]
-        if "robot_yaw" in wanted:
-            robot["init_rot_quat"] = _facing(float(wanted["robot_yaw"]))
-        if (overlay := wanted.get("overlay", pose)) is not None:
-            self._base.rgb_overlay_img = _read_overlay(overlay)
-        urdf = wanted.get("urdf_version")
-        if urdf is not None and urdf != self._base.urdf_version:
-            self._base.urdf_version = urdf
-            self._base._configure_agent()
-            rebuild = True
+            robot["init_xy"] = wanted["robot_xy"]
+        if "robot_yaw" in wanted:  # from the way it faces otherwise, which is world -x
+            half = wanted["robot_yaw"] / 2
+            robot["init_rot_quat"] = [-np.sin(half), 0.0, 0.0, np.cos(half)]
+        if "overlay" in wanted:
+            base.rgb_overlay_img = _read_overlay(wanted["overlay"])
+        if "drawer" in wanted:
+            base.drawer_id = wanted["drawer"]
+        if wanted.get("urdf_version", base.urdf_version) != base.urdf_version:
+            base.urdf_version, rebuild = wanted["urdf_version"], True
+            base._configure_agent()
         return rebuild
 
     def _to_upstream(self, action: np.ndarray) -> np.ndarray:
@@ -240,8 +224,8 @@ class Scene:
             "subgoals": self._subgoals(info),
             "seed": int(self._base._episode_seed),
             "instruction": self._instruction(),
-            "standin_table": any(name.endswith(".glb") and "/" not in name for name in self._absent),
-            "absent_files": sorted(self._absent),
+            "standin_table": any(name.startswith("stages/") for name in self._absent),
+            "standins": [f"{name} is absent" for name in sorted(self._absent)],
         }
         return {
             "images": {self._view: self._picture()} if self._render else {},
@@ -252,19 +236,23 @@ class Scene:
         }
 
     def _subgoals(self, info: dict) -> dict:
-        """What has been reached so far: upstream's own statistics, by our names where we have one."""
-        base, stats = self._base, info.get("episode_stats", {})
-        if hasattr(base, "art_obj"):
-            if not hasattr(base, "obj"):
-                verb = "closed" if "Close" in type(base).__name__ else "opened"
-                return {f"drawer_{verb}": bool(info["success"])}
-            self._grasped |= bool(info["elapsed_steps"] and base.agent.check_grasp(base.obj))
-            return {
-                "drawer_opened": bool(stats.get("is_drawer_open")),
-                "object_grasped": self._grasped,
-                "object_placed": bool(stats.get("has_contact")),
-            }
-        return {name: bool(value) for name, value in stats.items()}
+        """What has been reached so far, by the names our own scenes use (`envs/success.py`)."""
+        base, stats = self._base, self._base.episode_stats
+        if hasattr(base, "art_obj") and not hasattr(base, "obj"):
+            verb = "closed" if "Close" in type(base).__name__ else "opened"
+            return {f"drawer_{verb}": bool(info["success"])}
+        thing = base.obj if hasattr(base, "obj") else base.episode_source_obj
+        self._grasped |= bool(info["elapsed_steps"] and base.agent.check_grasp(thing))
+        grasped = {"object_grasped": self._grasped}
+        if "n_lift_significant" in stats:
+            return {**grasped, "object_lifted": stats["n_lift_significant"] > 0}
+        if "near_tgt_obj" in stats:
+            moved = bool(stats["moved_correct_obj"])
+            return {**grasped, "right_object_moved": moved, "near": bool(stats["near_tgt_obj"])}
+        if "src_on_target" in stats:
+            return {**grasped, "on_target": bool(stats["src_on_target"])}
+        opened, placed = bool(stats["is_drawer_open"]), bool(stats["has_contact"])
+        return {"drawer_opened": opened, **grasped, "object_placed": placed}
 
     def _instruction(self) -> str:
         return self._base.get_language_instruction()
@@ -284,16 +272,11 @@ class Scene:
         return {"shape": list(picture.shape), "data": np.ascontiguousarray(picture, np.uint8).tobytes()}
 
 
-def _facing(yaw: float) -> list:
-    """Quaternion of a robot base turned by yaw (rad) from upstream's default, which faces world -x."""
-    return [-np.sin(yaw / 2), 0.0, 0.0, np.cos(yaw / 2)]
-
-
 def _read_overlay(name: str) -> np.ndarray:
     import cv2
     from mani_skill2_real2sim import ASSET_DIR
 
-    path = ASSET_DIR / f"real_inpainting/open_drawer_{name}.png" if name in POSES else Path(name)
+    path = ASSET_DIR.parent / name  # an absolute one stays itself
     if not path.is_file():
         raise FileNotFoundError(f"background picture {path} does not exist")
     return cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) / 255
@@ -316,7 +299,7 @@ def _plain(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-# -- the wire ------------------------------------------------------------------------------------------------------------
+# -- the wire ----------------------------------------------------------------------------------------------------------
 
 
 def send(connection: socket.socket, message: dict):

@@ -155,26 +155,27 @@ def reset_to(env: SimplerEnv, recording: Recording) -> tuple[float, float]:
     return float(max(away, default=0.0)), float(max(turned, default=0.0))
 
 
-def has_robot_contact(env: SimplerEnv) -> bool:
-    """Whether a robot link pushes against anything in this physics step (itself included)."""
-    links = {link.entity for link in env.agent.body.links}
-    return any(
-        any(body.entity in links for body in contact.bodies)
-        and np.linalg.norm(np.sum([p.impulse for p in contact.points], axis=0)) > CONTACT_IMPULSE
+def robot_contacts(env: SimplerEnv) -> set[frozenset]:
+    """Pairs of entities, one of them a robot link, that push against each other in this physics step."""
+    links = env.robot_entities
+    return {
+        frozenset(body.entity for body in contact.bodies)
         for contact in env.scene.px.get_contacts()
         if contact.points
-    )
+        and any(body.entity in links for body in contact.bodies)
+        and np.linalg.norm(np.sum([p.impulse for p in contact.points], axis=0)) > CONTACT_IMPULSE
+    }
 
 
-def control_step(env: SimplerEnv, action) -> bool:
-    """One control step; returns whether the robot touched anything in any of its physics steps."""
-    controller, touched = env.agent.controller, False
+def control_step(env: SimplerEnv, action, known: set | None = None) -> set[frozenset]:
+    """One control step; returns what the robot touched in any of its physics steps, but for `known` pairs."""
+    controller, touched = env.agent.controller, set()
     controller.set_action(action)
     for _ in range(env._sim_steps_per_control):
         controller.before_simulation_step()
         env.scene.px.step()
-        touched = touched or has_robot_contact(env)
-    return touched
+        touched |= robot_contacts(env)
+    return touched - (known or set())
 
 
 def errors(env: SimplerEnv, recording: Recording, t: int) -> tuple[float, float, float]:
@@ -189,12 +190,17 @@ def replay(env: SimplerEnv, recording: Recording, resync: int | None = None) -> 
     """Replay the recorded actions. Returns errors (T, 3) mm, touched (T,) bool, success (T,) bool."""
     settled = reset_to(env, recording)
     advance_at, rows, touched, success = recording.meta.get("advance_at"), [], [], []
+    own: set = set()  # links of the robot that rub against each other all the time
     for t, action in enumerate(recording.arrays["action"]):
         if resync and t and t % resync == 0:
             synchronise(env, recording, t)
         if t == advance_at or (not env.is_final_subtask() and t >= 100):
             env.advance_to_next_subtask()
-        touched.append(control_step(env, action))
+        contacts = control_step(env, action, own)
+        if t == 0:
+            own = {pair for pair in contacts if pair <= env.robot_entities}
+            contacts -= own
+        touched.append(bool(contacts))
         rows.append(errors(env, recording, t + 1))
         success.append(bool(env.evaluate()["success"]))
     return {
