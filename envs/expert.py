@@ -236,9 +236,7 @@ def read_state(sim) -> State:
 
 def home_pose(sim) -> sapien.Pose:
     """The tool centre point of the start pose in the base frame."""
-    controller = sim.agent.controller
-    controller.kinematics.compute_forward_kinematics(sim.agent.init_qpos().astype(np.float64))
-    return controller.kinematics.get_link_pose(controller.tcp_index)
+    return sim.agent.controller.forward_kinematics(sim.agent.init_qpos())
 
 
 class Expert:
@@ -269,7 +267,7 @@ class Expert:
 
     def _waypoint(self, s: State, home: sapien.Pose) -> Waypoint:
         task, style = self.sim.task, self.style
-        edge = PANEL_TOP[task.drawer]
+        edge = PANEL_TOP[self.sim.setup.drawer]
         if task.kind == "close":
             return close_drawer(s, edge, style) if s.drawer > CLOSED_ENOUGH else go_home(s, edge, home)
         if task.kind == "place" and in_drawer(s, edge):
@@ -295,11 +293,6 @@ class Expert:
 
     def _reachable(self, action: np.ndarray) -> bool:
         """Whether the controller's inverse kinematics will find this step (otherwise the arm stalls)."""
-        c = self.sim.agent.controller
-        pose = c.tcp_pose()
-        rotation = Rotation.from_rotvec(action[3:6]) * Rotation.from_quat(pose.q, scalar_first=True)
-        target = sapien.Pose(pose.p + action[:3], rotation.as_quat(scalar_first=True))
-        qpos = c.robot.qpos.astype(np.float64)
-        return c.kinematics.compute_inverse_kinematics(
-            c.tcp_index, target, initial_qpos=qpos, active_qmask=c.mask, eps=1e-4, max_iterations=100, dt=0.1
-        )[1]
+        controller = self.sim.agent.controller
+        qpos = controller.robot.qpos.astype(np.float64)
+        return controller.inverse_kinematics(controller.target(action), qpos)[1]

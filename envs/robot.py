@@ -61,6 +61,9 @@ class RobotController(BaseController):
         self.arm_joints, self.finger_joints = [joints[n] for n in self.arm_gains], [joints[n] for n in self.fingers]
         self.tcp, self.tcp_index = links[self.tcp_name], list(links).index(self.tcp_name)
         self.kinematics = self.robot.create_pinocchio_model()
+        # SAPIEN 2 clamps drive targets to the joint's limits; without that a joint hits them instead of easing in.
+        limits = np.array([joints[name].limit[0] for name in self.names])  # (J, 2) rad
+        self.arm_limits, self.finger_limits = limits[self.arm].T, limits[self.finger_indices].T  # low, high each
         self.mask = np.zeros(len(self.names), dtype=np.int32)
         self.mask[self.arm] = 1
         self.moved = False

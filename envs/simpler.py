@@ -68,7 +68,9 @@ class SimplerEnv(BaseEnv):
             solver_position_iterations=scenes.SOLVER_ITERATIONS,
             solver_velocity_iterations=1,
             enable_pcm=False,
-            enable_tgs=False,  # PhysX 5's TGS lets grasped objects chatter out of the fingers; PGS is also faster
+            # PhysX 5's TGS lets the Google robot's heavy fingers chatter and lose what they hold; the WidowX needs it
+            # where its fingers press on the table, and holds as well with either (LOG.md).
+            enable_tgs=self.robot_class is WidowX,
         )
         return SimConfig(
             sim_freq=self.robot_class.sim_freq,

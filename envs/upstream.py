@@ -206,6 +206,10 @@ class UpstreamEnv:
             link.close()
             if "No module named" in str(error):
                 raise RuntimeError(f"{error}\n{remedy()}") from error
+            if "vk::" in str(error):
+                raise RuntimeError(
+                    f"{error}: it cannot draw on this machine; render=False needs no pictures"
+                ) from error
             raise
         self.view, self.max_steps = about["view"], about["max_steps"]
         self.versions = about.get("versions")

@@ -95,12 +95,12 @@ class WidowXController(RobotController):
         qpos = self.robot.qpos.astype(np.float64)
         self.last_target = self.target(action)
         solution, self.ik_success = self.inverse_kinematics(self.last_target, qpos)
-        self.arm_target = (solution if self.ik_success else qpos)[self.arm]
+        self.arm_target = np.clip((solution if self.ik_success else qpos)[self.arm], *self.arm_limits)
         self.finger_target = float(np.interp(np.clip(action[6], -1, 1), (-1, 1), (FINGER_SHUT, FINGER_OPEN)))
         for joint, position in zip(self.arm_joints, self.arm_target):
             joint.set_drive_target(position)
-        for joint in self.finger_joints:
-            joint.set_drive_target(self.finger_target)
+        for joint, low, high in zip(self.finger_joints, *self.finger_limits):
+            joint.set_drive_target(float(np.clip(self.finger_target, low, high)))
         self.moved = True
 
     def before_simulation_step(self):

@@ -163,11 +163,14 @@ def test_a_faulty_server_is_one_clear_error_and_no_child_is_left(fake, fault):
         env.reset(seed=0)
 
 
-def test_another_version_or_a_missing_package_is_named(fake):
+def test_what_cannot_start_says_why(fake):
     with pytest.raises(RuntimeError, match="speaks protocol 2, we speak 1"):
         fake("hello", "send({'ok': True, 'protocol': 2, 'view': 'overhead', 'max_steps': 4}); continue")
     with pytest.raises(RuntimeError, match=r"No module named 'simpler_env'(.|\n)*git clone"):
         fake("hello", "import simpler_env")
+    failure = {"ok": False, "error": "RuntimeError", "message": "vk::createDevice: no device"}
+    with pytest.raises(RuntimeError, match="render=False"):
+        fake("hello", f"send({failure}); continue")
     assert all(server.process.poll() is not None for server, _ in fake.processes)
 
 
