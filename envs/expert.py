@@ -296,3 +296,12 @@ class Expert:
         controller = self.sim.agent.controller
         qpos = controller.robot.qpos.astype(np.float64)
         return controller.inverse_kinematics(controller.target(action), qpos)[1]
+
+
+def make_expert(env, rng: np.random.Generator | None = None, variation: float = 1.0) -> Expert:
+    """The expert of this environment's task."""
+    from envs.expert_tabletop import TabletopExpert
+    from envs.expert_widowx import WidowXExpert
+
+    kinds = {"pick": TabletopExpert, "near": TabletopExpert, "put_on": WidowXExpert}
+    return kinds.get(env.unwrapped.task.kind, Expert)(env, rng, variation)

@@ -192,7 +192,9 @@ class GoogleRobot(SimplerRobot):
     base_height = BASE_HEIGHT
     urdf_config: ClassVar = dict(_materials=MATERIALS, link=LINKS)
     kept_frames = ("link_gripper_tcp", "link_camera")
-    finger_pads: ClassVar = {side: ((f"link_finger_tip_{side}", f"link_finger_{side}"), 1) for side in ("left", "right")}
+    finger_pads: ClassVar = {
+        side: ((f"link_finger_tip_{side}", f"link_finger_{side}"), 1) for side in ("left", "right")
+    }
     grasp_angle = 80.0
     view, picture_size = "overhead", (640, 512)
 

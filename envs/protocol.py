@@ -1,43 +1,223 @@
-"""What was measured, as data: two results compare when the hashes of their protocols are equal."""
+"""What is measured, as data: two results compare when the hashes of their protocols are equal (spec section 4).
+
+Three protocols. `random`: upstream's random draws from a range of seeds. `visual_matching` and `variant_aggregation`:
+the published ones, every episode of them, averaged as upstream averages.
+"""
 
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from statistics import mean
 
-from envs.tasks import get_task
+import numpy as np
 
+from envs.tasks import ORIENTATIONS, PUT_ON, URDF_VERSIONS, Task, Variant, get_task, next_episode_seed
+
+PROTOCOLS = ("random", "visual_matching", "variant_aggregation")
 # In numbers of its own, so that reading a protocol needs no simulator; a test compares them with the scene's.
-CONTROL_FREQ, SIM_FREQ, FORCED_ADVANCE = 3, 513, 100
+RATES = {"google_robot": (3, 513), "widowx": (5, 500)}  # Hz, control and simulation
+PICTURE_SIZES = {"google_robot": (640, 512), "widowx": (640, 480)}
+FORCED_ADVANCE = 100
 OPEN_QPOS, CLOSED_QPOS, PLACED_QPOS = 0.15, 0.05, 0.05
 SUCCESS = {
+    "pick": "object off everything but the robot and more than 0.01 m up; or that by more than 0.02 m in 5 steps in all",
+    "near": "right object moved, within 0.1 m of the target beyond both halves, closest to it, nothing knocked over",
     "open": f"drawer open by at least {OPEN_QPOS} m",
     "close": f"drawer open by at most {CLOSED_QPOS} m",
     "place": f"second subtask, drawer open by at least {PLACED_QPOS} m, object has touched the bottom inside it",
+    "put_on": "source over the target and little above it",
 }
 RULE = "SIMPLER: an episode runs to the step limit, success does not end it; success_final counts the last step"
 
+PICK_GRID = [(x, y) for x in np.linspace(-0.35, -0.12, 5).tolist() for y in np.linspace(-0.02, 0.42, 5).tolist()]
+PLACE_GRID = [(x, y) for x in (-0.08, -0.05, -0.02) for y in (-0.02, 0.03, 0.08)]  # m, on the cabinet's top
+ROBOT_GRID = [(x, y) for x in (0.65, 0.75, 0.85) for y in (-0.2, 0.0, 0.2)]  # m, variant aggregation, yaw 0
+COUNTER, ALT, BAKED = "google_pick_coke_can_1_v4", "alt_background", "Baked_sc1_staging_objaverse_cabinet{}_h870"
 
-def make_protocol(task: str, first_seed: int, episodes: int, width: int = 160, height: int = 128) -> dict:
-    """Everything about a measurement that does not belong to the policy. ValueError for an unknown task."""
-    task = get_task(task)
+
+def _variant(name: str, **changes) -> Variant:
+    return Variant(name, overlay=False, baked=False, **changes)
+
+
+_TABLETOP = (
+    _variant("base"),
+    _variant("background1", stage=f"{COUNTER}_{ALT}"),
+    _variant("background2", stage=f"{COUNTER}_{ALT}_2"),
+    _variant("brighter", lighting="slightly_brighter"),
+    _variant("darker", lighting="slightly_darker"),
+    _variant("table1", stage=BAKED.format(1)),
+    _variant("table2", stage=BAKED.format(2)),
+)
+_DISTRACTORS = (_variant("distractor_less", distractors="less"), _variant("distractor_more", distractors="more"))
+CAMERAS = (_variant("camera1", head_tilt=0.9351361), _variant("camera2", head_tilt=0.6651361))  # run, never averaged
+_APARTMENT = dict(stage="frl_apartment_stage_simple", lighting="drawer", station="mk_station")
+_DRAWERS = tuple(
+    _variant(name, **_APARTMENT | changes)
+    for name, changes in {
+        "base": {},
+        "background1": {"stage": "modern_bedroom_no_roof"},
+        "background2": {"stage": "modern_office_no_roof"},
+        "brighter": {"lighting": "drawer_brighter"},
+        "darker": {"lighting": "drawer_darker"},
+        "cabinet2": {"station": "mk_station2"},
+        "cabinet3": {"station": "mk_station3"},
+    }.items()
+)
+VARIANTS = {
+    "pick": _TABLETOP + _DISTRACTORS,
+    "near": (*_TABLETOP, _variant("no_distractor", no_distractor=True)),
+    "open": _DRAWERS,
+    "close": _DRAWERS,
+    "place": _DRAWERS,
+}
+
+
+@dataclass(frozen=True)
+class ProtocolEpisode:
+    """One start. group: where it enters the average, outermost first. averaged: whether it does."""
+
+    number: int
+    seed: int
+    group: tuple[str, ...] = ()
+    choices: dict = field(default_factory=dict)
+    variant: Variant = Variant()
+    averaged: bool = True
+
+    @property
+    def options(self) -> dict:
+        """Reset options of `SimplerEnv`."""
+        return {**self.choices, "variant": self.variant}
+
+
+def protocol_episodes(task: str | Task, protocol: str, first_seed: int = 0, count: int = 1) -> list[ProtocolEpisode]:
+    """All episodes of a protocol; first_seed and count belong to "random" alone.
+
+    Raises ValueError for an unknown protocol and where none was published for a task.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    if protocol == "random":
+        return [ProtocolEpisode(seed, seed) for seed in range(first_seed, first_seed + count)]
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    if len(task.models) > 1 or (task.kind == "put_on" and protocol == "variant_aggregation"):
+        raise ValueError(f"no {protocol} protocol was published for {task.short}; use --protocol random")
+    parts = _visual_matching(task) if protocol == "visual_matching" else _variant_aggregation(task)
+    first = next_episode_seed(2022)  # upstream builds every episode anew and never seeds it
+    return [
+        ProtocolEpisode(number, first, group, choices, variant, variant not in CAMERAS)
+        for number, (group, choices, variant) in enumerate(parts)
+    ]
+
+
+def _visual_matching(task: Task) -> Iterator[tuple[tuple, dict, Variant]]:
+    if task.kind == "put_on":
+        for number in range(task.episodes):
+            yield (), {"episode_id": number}, Variant()
+        return
+    for outer, choices in _starts(task, [{"pose": pose} for pose in task.poses]):
+        for urdf in URDF_VERSIONS:
+            yield (*outer, urdf or "original"), {**choices, "urdf_version": urdf}, Variant()
+
+
+def _variant_aggregation(task: Task) -> Iterator[tuple[tuple, dict, Variant]]:
+    ys = ROBOT_GRID if task.kind != "place" else ROBOT_GRID[:3]
+    places = [{"pose": task.poses[0], "robot_xy": xy, "robot_yaw": 0.0} for xy in ys] if task.poses else []
+    if task.kind == "place":
+        places = [{**place, "model": "apple"} for place in places]
+    cameras = CAMERAS if task.kind in ("pick", "near") else ()
+    for outer, choices in _starts(task, places):
+        for variant in (*VARIANTS[task.kind], *cameras):
+            yield (*outer, variant.name), {**choices, "urdf_version": ""}, variant
+
+
+def _starts(task: Task, places: list[dict]) -> Iterator[tuple[tuple, dict]]:
+    """(outer group, choices) of every start of a Google-robot task; `places` are the robot's, where they vary."""
+    if task.kind == "pick":
+        for orientation in sorted(task.orientations, key=list(ORIENTATIONS).index, reverse=True):
+            for xy in PICK_GRID:
+                yield (orientation,), {"orientation": orientation, "object_xy": xy, "model": task.models[0]}
+    elif task.kind == "near":
+        for number in range(task.episodes):
+            yield (), {"episode_id": number}
+    else:
+        for drawer in task.drawers:
+            for place in places:
+                for xy in PLACE_GRID if task.kind == "place" else [None]:
+                    objects = {"object_xy": xy, "model": task.models[0]} if xy else {}
+                    yield (drawer,), {"drawer": drawer, **objects, **place}
+
+
+def average(episodes: list[ProtocolEpisode], outcomes: dict[int, bool]) -> float | None:
+    """Upstream's score: the mean over each level of the groups, from the inside out; None without an outcome.
+
+    outcomes: {episode number: success}; episodes without one are left out.
+    """
+    tree: dict[tuple, list] = {}
+    for episode in episodes:
+        if episode.averaged and episode.number in outcomes:
+            tree.setdefault(episode.group, []).append(outcomes[episode.number])
+    scores = {group: mean(values) for group, values in tree.items()}
+    while scores and () not in scores:
+        outer: dict[tuple, list] = {}
+        for group, score in scores.items():
+            outer.setdefault(group[:-1], []).append(score)
+        scores = {group: mean(values) for group, values in outer.items()}
+    return scores.get(())
+
+
+def make_protocol(
+    task: str,
+    protocol: str = "random",
+    first_seed: int = 0,
+    count: int = 1,
+    width: int | None = None,
+    height: int | None = None,
+    shader: str = "default",
+    simulator: str = "ours",
+) -> dict:
+    """Everything about a measurement that does not belong to the policy. ValueError for an unknown task or protocol."""
+    task, episodes = get_task(task), protocol_episodes(task, protocol, first_seed, count)
+    control, simulation = RATES[task.robot]
+    full = PICTURE_SIZES[task.robot]
+    starts = [asdict(episode) | {"number": 0} for episode in episodes]
+    published = protocol != "random"
     return {
-        "benchmark": "SIMPLER, visual matching",
+        "benchmark": "SIMPLER",
+        "simulator": simulator,
+        "protocol": protocol,
         "task": task.name,
         "env_id": f"simpler/{task.short}-v0",
-        "seeds": {"first": first_seed, "count": episodes},
-        "reset": "upstream's random draws from the seed, in a scene built anew",
+        "seeds": {"first": episodes[0].number, "count": len(episodes)},
+        "episodes_hash": protocol_hash(starts) if published else None,
+        "reset": "the protocol's episodes" if published else "upstream's random draws from the seed",
+        "scene": "built anew for every episode",
         "step_limit": task.max_steps,
-        "control_hz": CONTROL_FREQ,
-        "simulation_hz": SIM_FREQ,
-        "success": SUCCESS[task.kind],
+        "control_hz": control,
+        "simulation_hz": simulation,
+        "success": success_text(task),
         "success_rule": RULE,
         "second_subtask": f"forced at step {FORCED_ADVANCE}; learned policies never end a subtask"
         if task.kind == "place"
         else None,
-        "camera": {"view": "overhead", "width": width, "height": height, "shader": "rasteriser"},
-        "overlay": "visual_matching",
+        "camera": {
+            "view": "overhead",
+            "width": width or full[0] // 4,
+            "height": height or full[1] // 4,
+            "shader": "rasteriser" if shader == "default" else shader,
+        },
+        "overlay": protocol != "variant_aggregation",
     }
 
 
-def protocol_hash(protocol: dict) -> str:
+def success_text(task: Task) -> str:
+    if task.kind != "put_on":
+        return SUCCESS[task.kind]
+    rule = PUT_ON[task.put_on]
+    touching = ", touching nothing else but the robot" if rule.completely else ""
+    return f"{SUCCESS['put_on']} (at most {rule.height_margin} m){touching}"
+
+
+def protocol_hash(protocol) -> str:
     """12 hexadecimal digits, equal for equal content whatever the order of the keys."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]

@@ -202,4 +202,3 @@ def finite_action(action, dim: int = 7) -> np.ndarray:
         raise ValueError(f"action must be {dim} finite numbers, but its {ACTION_NAMES[wrong]} (dimension {wrong}) is "
                          f"{action[wrong]}")  # fmt: skip
     return action
-

@@ -1,12 +1,11 @@
 """One policy in one environment from one seed -> Episode. Policy and environment meet here and nowhere else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from selfflow_robot.interfaces import ACTION_DIM, Env, Observation, Policy
 
-VIEW = "overhead"
 LINGER = 8  # control steps recorded after success in demonstrations: standing clear is learned too
 HOLD_STEPS = 12  # longest wait, arm at home, before the second instruction: so is waiting for it
 NOISE = np.repeat([0.003, 0.012], 3)  # per axis, m and rad: about 5 mm and 0.02 rad in all
@@ -30,22 +29,24 @@ class Episode:
     success_any: bool  # at any step
     subgoals: dict[str, bool]
     advance_at: int | None  # the step during which the second subtask began
+    standins: list[str] = field(default_factory=list)  # what the scene had instead of absent files
 
     @property
     def steps(self) -> int:
         return len(self.executed)
 
 
-def rollout(env: Env, policy: Policy, seed: int, linger: int | None = None) -> Episode:
+def rollout(env: Env, policy: Policy, seed: int, linger: int | None = None, options: dict | None = None) -> Episode:
     """Run an episode to the step limit: as in SIMPLER, success does not end it.
 
     A policy may say that its subtask is done through an attribute `done_subtask`, and what an expert would have done
     through `label`; a learned policy has neither, so its instruction changes by the environment's rule alone.
-    linger: end after success has held for this many further steps (demonstrations; None: never).
+    linger: end after success has held for this many further steps (demonstrations; None: never). options: of the reset,
+    where the seed alone does not say how the episode starts.
     The scene is built anew, as upstream does, so an episode depends on its seed and not on what ran before it.
     """
     scene = env.unwrapped
-    observation, _ = env.reset(seed=seed, options={"reconfigure": True})
+    observation, _ = env.reset(seed=seed, options={"reconfigure": True, **(options or {})})
     policy.reset(first_instruction := observation["instruction"])
     seen, labels, executed, success = [], [], [], []
     info, advance_at, truncated = {}, None, False
@@ -62,7 +63,7 @@ def rollout(env: Env, policy: Policy, seed: int, linger: int | None = None) -> E
             advance_at = len(executed) - 1
     return Episode(
         seed=seed,
-        frames=np.array([o["images"][VIEW] for o in seen if VIEW in o["images"]]),
+        frames=np.array([picture for o in seen for picture in o["images"].values()]),
         proprio=np.array([o["proprio"] for o in seen], np.float32),
         action=np.array(labels, np.float32),
         executed=np.array(executed, np.float32),
@@ -71,6 +72,7 @@ def rollout(env: Env, policy: Policy, seed: int, linger: int | None = None) -> E
         success_any=any(success),
         subgoals={name: bool(value) for name, value in info["subgoals"].items()},
         advance_at=advance_at,
+        standins=list(info.get("standins", [])),
     )
 
 

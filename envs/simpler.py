@@ -156,7 +156,9 @@ class SimplerEnv(BaseEnv):
         options = dict(options or {})
         known = (*self.task.options, *COMMON_OPTIONS)
         if unknown := set(options) - set(known):
-            raise ValueError(f"unknown reset options {sorted(unknown)} for {self.task.short}; known: {', '.join(known)}")
+            raise ValueError(
+                f"unknown reset options {sorted(unknown)} for {self.task.short}; known: {', '.join(known)}"
+            )
         if seed is None:
             seed = next_episode_seed(self.episode_seed)
         seed = int(np.atleast_1d(seed)[0])
@@ -188,7 +190,7 @@ class SimplerEnv(BaseEnv):
         robot.set_qvel(np.zeros(robot.dof, dtype=np.float32))
         robot.set_qf(np.zeros(robot.dof, dtype=np.float32))
         if self.things:
-            poses = scenes.settle(setup, self.robot_class.sim_freq)
+            poses = scenes.settle(setup, self.robot_class.sim_freq, self.task.contact_offset)
             self._set_scene_config()  # settling has its own
             for entity, pose in zip(self.things + self.distractors, poses):
                 entity.set_pose(pose)
@@ -296,7 +298,10 @@ class SimplerEnv(BaseEnv):
     def _get_obs_sensor_data(self, apply_texture_transforms=True):
         rgb, mask = self.render_picture()
         return {
-            self.agent.view: {"rgb": torch.from_numpy(rgb)[None], "segmentation": torch.from_numpy(mask)[None, ..., None]}
+            self.agent.view: {
+                "rgb": torch.from_numpy(rgb)[None],
+                "segmentation": torch.from_numpy(mask)[None, ..., None],
+            }
         }
 
     def get_state_dict(self):

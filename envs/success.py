@@ -187,7 +187,7 @@ class PutOnTop(_Moved):
         offset = com_position(source) - com_position(target)
         source_box, target_box = self.boxes[self.source], self.boxes[self.target]
         over = horizontal(offset) <= horizontal(target_box) / 2 + ON_TARGET_MARGIN
-        above = 0 < offset[2] and offset[2] - target_box[2] / 2 - source_box[2] / 2 <= self.rule.height_margin
+        above = offset[2] > 0 and offset[2] - target_box[2] / 2 - source_box[2] / 2 <= self.rule.height_margin
         on_target = over and above
         if on_target and self.rule.completely:
             on_target = not touches_other(contacts, source, {target, *sim.robot_entities})

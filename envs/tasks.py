@@ -227,7 +227,9 @@ class Task:
                 raise ValueError(f"unknown {name} {choices[name]!r}; known: {', '.join(map(repr, values))}")
         number = choices.get("episode_id", 0)
         if self.episodes and not (isinstance(number, int | np.integer) and 0 <= number < self.episodes):
-            raise ValueError(f"episode_id {number!r} of {self.short} must be a whole number from 0 to {self.episodes - 1}")
+            raise ValueError(
+                f"episode_id {number!r} of {self.short} must be a whole number from 0 to {self.episodes - 1}"
+            )
         for name in ("object_xy", "robot_xy"):
             if name in choices and (np.shape(choices[name]) != (2,) or not np.isfinite(choices[name]).all()):
                 raise ValueError(f"{name} must be 2 finite numbers (m), got {choices[name]!r}")
@@ -472,6 +474,15 @@ def get_task(name: str) -> Task:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(task.short for task in TASKS)}"
         raise ValueError(f"unknown task {name!r}; {hint}")
     return BY_NAME[name]
+
+
+def get_tasks(names: str) -> list[Task]:
+    """Tasks by names with commas between. ValueError for unknown ones and where they need different robots."""
+    tasks = [get_task(name.strip()) for name in names.split(",")]
+    if len({task.robot for task in tasks}) > 1:
+        robots = ", ".join(f"{task.short}: {task.robot}" for task in tasks)
+        raise ValueError(f"one data set holds one robot ({robots}); collect them apart")
+    return tasks
 
 
 def next_episode_seed(seed: int) -> int:

@@ -23,11 +23,11 @@ import numpy as np
 
 PROTOCOL = 1  # raise it whenever a message changes its meaning
 MAX_FRAME = 16 << 20  # bytes, of one message
-CAMERAS = {"google": ("overhead_camera", "overhead"), "widowx": ("3rd_view_camera", "third_person")}
+CAMERAS = {"google": ("overhead_camera", "overhead"), "widowx": ("3rd_view_camera", "overhead")}
 FINGER_RANGE = 1.31  # rad, google: gripper action +-1 is a step of this much
 # Boxes from the floor up where a stage's mesh is absent: top, world z; x and y range; upstream's scene offset (m).
 STAGES = {
-    "google_": (0.887532, (-0.62, 0.06), (-0.20, 0.62), (-1.6616, -3.0337)),
+    "google_": (0.887532, (-0.75, 0.25), (-1.0, 1.0), (-1.6616, -3.0337)),
     "bridge_": (0.869532, (-0.70, 0.10), (-0.60, 0.60), (-2.0634, -2.8313)),
 }
 

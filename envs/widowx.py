@@ -32,7 +32,8 @@ FINGER_SHUT, FINGER_OPEN = 0.014, 0.038  # m, drive targets of gripper action -1
 FINGER_LIMITS = (0.015, 0.037)  # m
 MATERIALS = {"finger": dict(static_friction=2.0, dynamic_friction=2.0, restitution=0.0)}
 LINKS = {
-    f"{side}_finger_link": dict(material="finger", patch_radius=0.01, min_patch_radius=0.01) for side in ("left", "right")
+    f"{side}_finger_link": dict(material="finger", patch_radius=0.01, min_patch_radius=0.01)
+    for side in ("left", "right")
 }
 # Collision groups: bodies that share a bit of the third ignore each other. The bar would jam the fingers otherwise.
 IGNORES = {"gripper_bar_link": 0b11, "left_finger_link": 0b01, "right_finger_link": 0b10}
@@ -123,7 +124,7 @@ class WidowX(SimplerRobot):
     kept_frames = ("ee_gripper_link", "base_link")
     finger_pads: ClassVar = {"left": (("left_finger_link",), 1), "right": (("right_finger_link",), -1)}
     grasp_angle = 60.0
-    view, picture_size = "third_person", (640, 480)
+    view, picture_size = "overhead", (640, 480)  # one name for the policy's camera on both robots
     place = PLACES["table"]
 
     @property

@@ -1,6 +1,7 @@
 """Demonstrations of a task from the scripted expert, as a LeRobot v3.0 data set in data/<name>.
 
     python experiments/collect_demos.py --task open_and_place --episodes 300 --workers 2
+    python experiments/collect_demos.py --task pick_coke_can,move_near,open_drawer --name mixture --episodes 600
     python experiments/collect_demos.py --episodes 400 --policy runs/finetune    a policy drives too (DAgger)
 
 The seeds first_seed, first_seed + 1, ... are run until the data set holds `episodes` episodes; which seeds those are
@@ -10,17 +11,17 @@ failures are kept then, for their labels are right all the same.
 """
 
 import json
-from functools import partial
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
-from envs.rollout import HOLD_STEPS, LINGER, VIEW, Demonstrator, rollout
-from envs.tasks import get_task
+from envs.rollout import HOLD_STEPS, LINGER, Demonstrator, rollout
+from envs.tasks import get_tasks
 from envs.workers import Workers, progress, write_json
 from selfflow_robot.config import CollectConfig, run
-from selfflow_robot.data import DatasetError, committed_seeds, finalize, write_episode
+from selfflow_robot.data import VIEW, DatasetError, committed_seeds, finalize, write_episode
 from selfflow_robot.metrics import wilson_interval
 
 PATIENCE = 20  # failures allowed beyond one per wanted episode
@@ -31,16 +32,17 @@ def collect(cfg: CollectConfig, start=None) -> Path:
 
     start(cfg, root) -> work(seed) runs in the workers. Raises ValueError, DatasetError or WorkerError with the remedy.
     """
-    task = get_task(cfg.task)
-    root = Path("data") / (cfg.name or task.short)
+    tasks = get_tasks(cfg.task)
+    shorts = ",".join(task.short for task in tasks)
+    root = Path("data") / (cfg.name or "+".join(task.short for task in tasks))
     keep_failures = cfg.keep_failures or cfg.policy is not None
-    attempts = read_attempts(root, {"task": task.short, "width": cfg.width, "height": cfg.height})
+    attempts = read_attempts(root, {"task": shorts, "width": cfg.width, "height": cfg.height})
     present = committed_seeds(root)
     seeds = (seed for seed in count(cfg.first_seed) if seed not in present and attempts["success"].get(str(seed), True))
     allowed = len(attempts["success"]) + 2 * cfg.episodes + PATIENCE
 
     if len(present) < cfg.episodes:
-        print(f"Collecting {task.short} into {root}: {len(present)} of {cfg.episodes} episodes are there")
+        print(f"Collecting {shorts} into {root}: {len(present)} of {cfg.episodes} episodes are there")
     with (
         Workers(start or start_collecting, (cfg, str(root), keep_failures), cfg.workers) as workers,
         progress("demonstrations", cfg.episodes) as update,
@@ -59,7 +61,7 @@ def collect(cfg: CollectConfig, start=None) -> Path:
             if result and (success or keep_failures):
                 present.add(seed)
             elif len(attempts["success"]) >= allowed:
-                hint = f"python experiments/eval_simpler.py --task {task.short} --policy expert"
+                hint = f"python experiments/eval_simpler.py --task {tasks[0].short} --policy expert"
                 raise DatasetError(f"{root}: only {yield_text(attempts)} succeed. To see why: {hint}")
             update(len(present), f"success {yield_text(attempts)}")
             top_up()
@@ -75,15 +77,23 @@ def collect(cfg: CollectConfig, start=None) -> Path:
 def start_collecting(cfg: CollectConfig, root: str, keep_failures: bool):
     """In a worker: build the scene (and load the policy), return the function that records one seed."""
     from envs import make_env
-    from envs.expert import Expert
+    from envs.expert import make_expert
 
-    env = make_env(cfg.task, width=cfg.width, height=cfg.height)
+    @cache
+    def scene(short: str):
+        return make_env(short, width=cfg.width, height=cfg.height)
+
     driver = None
     if cfg.policy is not None:
         from policies import load_policy
 
         driver = load_policy(cfg.policy)
-    return partial(record, env, Expert, driver, cfg, root, keep_failures)
+    tasks = get_tasks(cfg.task)
+
+    def work(seed: int) -> dict:
+        return record(scene(tasks[seed % len(tasks)].short), make_expert, driver, cfg, root, keep_failures, seed)
+
+    return work
 
 
 def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failures: bool, seed: int) -> dict:
@@ -94,7 +104,8 @@ def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failure
     episode = rollout(env, demonstrator, seed, linger=LINGER)
     if episode.success_final or keep_failures:
         arrays = (episode.frames, episode.proprio, episode.action, episode.executed)
-        write_episode(root, seed, *arrays, episode.instructions, episode.success_final)
+        robot, fps = env.unwrapped.task.robot, env.unwrapped.control_freq
+        write_episode(root, seed, *arrays, episode.instructions, episode.success_final, fps, robot)
     return {"success": episode.success_final, "steps": episode.steps}
 
 
@@ -102,10 +113,9 @@ def read_attempts(root: Path, kind: dict) -> dict:
     """collection.json of this data set: its kind, and for every seed tried whether it succeeded."""
     path = root / "collection.json"
     if not path.exists():
-        if committed_seeds(root) and finalize(root)["features"][f"observation.images.{VIEW}"]["shape"][:2] != [
-            kind["height"],
-            kind["width"],
-        ]:
+        wanted = [kind["height"], kind["width"]]
+        shape = committed_seeds(root) and finalize(root)["features"][f"observation.images.{VIEW}"]["shape"][:2]
+        if shape and wanted != [None, None] and shape != wanted:
             raise DatasetError(f"{root} holds pictures of another size. Choose another --name.")
         write_json(path, {**kind, "success": {}})
     try:

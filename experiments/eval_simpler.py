@@ -3,6 +3,7 @@
     python experiments/eval_simpler.py --task open_and_place                        the newest fine-tuned run
     python experiments/eval_simpler.py --task open_and_place --checkpoint runs/finetune_self_flow --episodes 50
     python experiments/eval_simpler.py --task open_top_drawer --policy expert       or hold: no motion at all
+    python experiments/eval_simpler.py --task pick_coke_can --protocol visual_matching    the 300 published episodes
 
 SIMPLER's rule: episodes run to the step limit, success does not end them; `success_final` is success at the last step,
 `success_any` at any step. An episode depends on its seed and the policy alone, not on workers or order. Interrupt it at
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from envs.protocol import make_protocol, protocol_hash
+from envs.protocol import average, make_protocol, protocol_episodes, protocol_hash
 from envs.rollout import Demonstrator, Episode, HoldStill, rollout
 from envs.tasks import get_task
 from envs.workers import Workers, progress, write_json
@@ -34,6 +35,7 @@ from selfflow_robot.data import encode_video
 from selfflow_robot.metrics import wilson_interval
 
 POLICIES = ("checkpoint", "expert", "hold")
+SIMULATORS = ("ours", "upstream")
 VIDEO_CRF, VIDEO_GOP = 26, 60  # for looking at: a tenth of what training data needs
 VIDEO_HEIGHT, VIDEO_FPS, BAR = 384, 6, 40  # px, twice as fast as the control, px for the words below
 GREEN, RED, GREY = (60, 170, 90), (200, 70, 60), (90, 90, 90)
@@ -49,11 +51,17 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         raise ValueError(f"unknown policy {cfg.policy!r}; known: {', '.join(POLICIES)}")
     if cfg.episodes < 1:
         raise ValueError(f"episodes is {cfg.episodes}; it must be at least 1")
+    if cfg.simulator not in SIMULATORS:
+        raise ValueError(f"unknown simulator {cfg.simulator!r}; known: {', '.join(SIMULATORS)}")
     identity = identify(cfg)
     subject = Path(identity["checkpoint"]).name if identity["checkpoint"] else cfg.policy
-    folder = Path("runs") / (cfg.name or f"eval_{subject}_{task.short}")
-    protocol = make_protocol(cfg.task, cfg.first_seed, cfg.episodes, cfg.width, cfg.height)
-    seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
+    parts = [cfg.protocol] * (cfg.protocol != "random") + [cfg.simulator] * (cfg.simulator != "ours")
+    folder = Path("runs") / (cfg.name or "_".join(["eval", subject, task.short, *parts]))
+    protocol = make_protocol(
+        cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes, cfg.width, cfg.height, cfg.shader, cfg.simulator
+    )
+    starts = protocol_episodes(cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes)
+    seeds = [start.number for start in starts]
     if not cfg.resume:
         shutil.rmtree(folder / "episodes", ignore_errors=True)
         shutil.rmtree(folder / "videos", ignore_errors=True)
@@ -76,14 +84,17 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
     def save():  # after every episode: whatever happens next, the file says what is known
         results["episodes"] = [episodes[seed] for seed in seeds if seed in episodes]
         results["summary"] = summarize(results["episodes"])
+        results["score"] = score(starts, results["episodes"])
+        results["groups"] = summarize_groups(starts, results["episodes"])
+        results["standins"] = sorted({text for episode in results["episodes"] for text in episode.get("standins", [])})
         write_json(folder / "results.json", results)
 
     save()
-    if len(episodes) < cfg.episodes:
-        print(f"Evaluating {subject} on {task.short} in {folder}: {len(episodes)} of {cfg.episodes} episodes are there")
+    if len(episodes) < len(seeds):
+        print(f"Evaluating {subject} on {task.short} in {folder}: {len(episodes)} of {len(seeds)} episodes are there")
     with (
         Workers(start or start_evaluating, (cfg, identity, str(folder)), cfg.workers) as workers,
-        progress("episodes", cfg.episodes) as update,
+        progress("episodes", len(seeds)) as update,
     ):
         for seed in seeds:
             if seed not in episodes:
@@ -141,15 +152,22 @@ def refuse_other(path: Path, identity: dict, protocol: dict) -> None:
 
 
 def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
-    """In a worker: build scene and policy, return the function that runs one seed."""
+    """In a worker: build scene and policy, return the function that runs one episode by its number."""
     from envs import make_env
-    from envs.expert import Expert
+    from envs.expert import make_expert
+    from envs.upstream import make_upstream_env
 
-    env = make_env(cfg.task, width=cfg.width, height=cfg.height)
+    if cfg.simulator == "upstream":
+        env = make_upstream_env(cfg.task, width=cfg.width, height=cfg.height)
+    else:
+        env = make_env(cfg.task, width=cfg.width, height=cfg.height, shader=cfg.shader)
     if cfg.policy == "expert":
+        if cfg.simulator == "upstream":
+            raise ValueError("the expert reads the state of our own scene; use --simulator ours")
 
         def make_policy(seed):
-            return Demonstrator(Expert(env, rng=np.random.default_rng([seed, 0])), np.random.default_rng([seed, 1]))
+            expert = make_expert(env, rng=np.random.default_rng([seed, 0]))
+            return Demonstrator(expert, np.random.default_rng([seed, 1]))
 
         return partial(run_episode, env, make_policy, cfg, folder)
     if cfg.policy == "hold":
@@ -164,11 +182,16 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
 
 
 def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int) -> dict:
-    """Roll out one seed; write its video, then its record, each at once."""
+    """Roll out one episode of the protocol; write its video, then its record, each at once."""
     began = datetime.now(timezone.utc)
-    episode = rollout(env, make_policy(seed), seed)
+    first = seed if cfg.protocol == "random" else 0
+    start = next(e for e in protocol_episodes(cfg.task, cfg.protocol, first) if e.number == seed)
+    options = start.options if cfg.protocol != "random" else None
+    episode = rollout(env, make_policy(seed), start.seed, options=options)
     record = {
         "seed": seed,
+        "group": list(start.group),
+        "standins": episode.standins,
         "steps": episode.steps,
         "success_final": episode.success_final,
         "success_any": episode.success_any,
@@ -188,7 +211,7 @@ def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int) -> di
     return record
 
 
-def read_episodes(folder: Path, seeds: range) -> dict[int, dict]:
+def read_episodes(folder: Path, seeds: list[int]) -> dict[int, dict]:
     """Finished episodes among `seeds`; a file that does not read counts as not finished."""
     episodes = {}
     for seed in seeds:
@@ -213,6 +236,29 @@ def summarize(episodes: list[dict]) -> dict[str, dict]:
         low, high = wilson_interval(k, n)
         summary[name] = {"k": k, "n": n, "rate": k / n, "low": low, "high": high}
     return summary
+
+
+def score(starts: list, episodes: list[dict]) -> dict[str, float | None]:
+    """The protocol's own average of both success rules (`envs.protocol.average`)."""
+    names = ("success_final", "success_any")
+    return {name: average(starts, {e["seed"]: e[name] for e in episodes}) for name in names}
+
+
+def summarize_groups(starts: list, episodes: list[dict]) -> list[dict]:
+    """Success at the last step for every group of the protocol, with its count and whether the average has it."""
+    done = {episode["seed"]: episode["success_final"] for episode in episodes}
+    groups: dict[tuple, list] = {}
+    for start in starts:
+        if start.number in done and start.group:
+            groups.setdefault((start.group, start.averaged), []).append(done[start.number])
+    rows = []
+    for (group, averaged), outcomes in groups.items():
+        k, n = sum(outcomes), len(outcomes)
+        low, high = wilson_interval(k, n)
+        rows.append(
+            {"group": list(group), "averaged": averaged, "k": k, "n": n, "rate": k / n, "low": low, "high": high}
+        )
+    return rows
 
 
 def annotate(episode: Episode) -> np.ndarray:
@@ -246,8 +292,20 @@ def print_table(results: dict, folder: Path) -> None:
         interval = f"{row['low']:.1%} to {row['high']:.1%}"
         table.add_row(name.replace("_", " "), f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", interval)
     Console().print(table)
+    if protocol["protocol"] != "random":
+        groups = Table("group", "k/n", "rate", "95% Wilson interval", title=f"{protocol['protocol']}, success_final")
+        for row in results["groups"]:
+            name = " / ".join(row["group"]) + ("" if row["averaged"] else " (not in the average)")
+            groups.add_row(
+                name, f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}"
+            )
+        Console().print(groups)
+        print(f"score, averaged as upstream does: {results['score']['success_final']:.3f}")
+    for text in results["standins"]:
+        print(f"stand-in: {text}")
     print(f"success: {protocol['success']}\nrule: {results['success_rule']}")
-    print(f"seeds {seeds['first']} to {seeds['first'] + seeds['count'] - 1}, protocol {results['protocol_hash']}")
+    kind = "seeds" if protocol["protocol"] == "random" else "episodes"
+    print(f"{kind} {seeds['first']} to {seeds['first'] + seeds['count'] - 1}, protocol {results['protocol_hash']}")
     if results["crashed"]:
         print(f"crashed twice and left out: seeds {results['crashed']}; the same command tries them again")
     print(folder / "results.json")

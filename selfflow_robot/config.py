@@ -94,7 +94,7 @@ class FinetuneConfig(TrainingConfig):
 
 @dataclass
 class CollectConfig:
-    task: str = key("open_and_place", "see README for the list")
+    task: str = key("open_and_place", "see README for the list; several with commas: seeds take turns")
     episodes: int = key(300, "in the finished data set")
     first_seed: int = key(0, "episodes use seeds from here on")
     workers: int = key(2, "scenes in parallel, one process each")
@@ -103,8 +103,8 @@ class CollectConfig:
     policy_fraction: float = key(0.5, "share of stretches it drives")
     disturbance: float = key(0.3, "share of episodes the expert is disturbed in and recovers")
     keep_failures: bool = key(False, "keep episodes without success")
-    width: int = key(160, "of the pictures, pixels")
-    height: int = key(128, "of the pictures, pixels")
+    width: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
+    height: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
 
 
 @dataclass
@@ -112,14 +112,17 @@ class EvalConfig:
     task: str = key("open_and_place", "see README for the list")
     checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
     policy: str = key("checkpoint", "checkpoint, expert or hold")
-    episodes: int = key(50, "one per seed")
-    first_seed: int = key(10000, "seeds from here on; demonstrations use small ones")
+    protocol: str = key("random", "random (seeds), visual_matching or variant_aggregation (the published episodes)")
+    episodes: int = key(50, "random: one per seed; the published protocols have their own")
+    first_seed: int = key(10000, "random: seeds from here on; demonstrations use small ones")
+    simulator: str = key("ours", "ours, or upstream: the original SIMPLER, where it is installed")
+    shader: str = key("default", "default (rasteriser) or rt (ray tracing, as upstream's drawers; needs a GPU)")
     workers: int = key(2, "scenes in parallel, one process each")
     name: str | None = key(None, "run folder runs/<name>; default from policy and task")
     execute: int = key(2, "actions carried out before predicting again")
     sample_steps: int = key(8, "of the flow sampler")
-    width: int = key(160, "of the pictures, pixels")
-    height: int = key(128, "of the pictures, pixels")
+    width: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
+    height: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
     video: bool = key(True, "write a video per episode")
     resume: bool = key(True, "keep finished episodes of the same run")
 

@@ -1,0 +1,250 @@
+"""The scripted expert for the Google robot's table tasks: pick up, move near (spec 3.1 to 3.3).
+
+A feedback law like `envs/expert.py`: the action is a function of the state now and of a few constants per episode.
+Objects are known by the corners of their collision shapes, so what lies, stands or leans is grasped as it is: across
+its narrow side, as deep as palm and table allow. Geometry is in the world frame; metres and radians.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import sapien
+from scipy.spatial.transform import Rotation
+
+from envs.expert import Expert, State, Waypoint, angle, hand, mix, ramp
+from envs.scenes import body_of, com_position, rotation_matrix, table_of
+
+FREE_WIDTH = 1.04  # an object may be grasped across any width up to this times its narrowest
+FIRST_YAW = -0.7  # of the direction the fingers open in: half way between across and along the robot's view
+FINGERS_SHUT = 0.19  # opening below which nothing is between the fingers (closed: 0.174)
+FINGERTIPS = 0.035  # m, open fingertips end this far behind the tool centre point; closed ones reach it
+TIP_ROOM = 0.012  # m between the tool centre point and the table
+HAND_ROOM = 0.16  # m, horizontally, that the open hand needs
+RESTING = 0.01  # m above the table
+SIDES = np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)
+
+
+@dataclass(frozen=True)
+class TableStyle:
+    """How this episode is done: what may vary without hurting success."""
+
+    speed: float = 1.0  # of MAX_STEP and MAX_TURN
+    yaw: float = FIRST_YAW  # of the opening direction, where the object leaves a choice
+    tilt: float = 0.0  # of the hand from vertical, more than the arm needs
+    depth: float = 0.05  # of the tool centre point below the object's top
+    grasp_side: float = 0.0  # offset along the object, across the opening direction
+    hover: float = 0.075  # pre-grasp distance along the hand
+    lift: float = 0.09  # of a picked object above the table
+    carry: float = 0.04  # of a carried object above the table
+    gap: float = 0.145  # between the centres of source and target
+
+
+# Half ranges of the uniform draws around the defaults; speed is drawn from 0.7 to 1.1.
+TABLE_SPREAD = dict(
+    yaw=0.35, tilt=0.05, depth=0.006, grasp_side=0.004, hover=0.015, lift=0.02, carry=0.01, gap=0.01
+)  # fmt: skip
+
+
+def draw_table_style(rng: np.random.Generator, variation: float = 1.0) -> TableStyle:
+    """A style from `rng`; variation 0 gives the nominal one, 1 the full spread."""
+    draws = {
+        name: getattr(TableStyle, name) + variation * rng.uniform(-half, half) for name, half in TABLE_SPREAD.items()
+    }
+    return TableStyle(speed=1 + variation * rng.uniform(-0.3, 0.1), **draws)
+
+
+class Body(NamedTuple):
+    """An object as it is now."""
+
+    corners: np.ndarray  # (N, 3) of its collision shapes
+    center: np.ndarray  # (3,) centre of mass
+
+    @property
+    def top(self) -> float:
+        return float(self.corners[:, 2].max())
+
+    @property
+    def bottom(self) -> float:
+        return float(self.corners[:, 2].min())
+
+
+class Grasp(NamedTuple):
+    p: np.ndarray  # (3,) tool centre point
+    rotation: Rotation
+
+
+def model_corners(entity: sapien.Entity) -> np.ndarray:
+    """(N, 3) corners of the collision shapes in the object's own frame."""
+    corners = []
+    for shape in body_of(entity).collision_shapes:
+        pose = shape.local_pose
+        corners.append(np.asarray(shape.vertices) * np.asarray(shape.scale) @ rotation_matrix(pose.q).T + pose.p)
+    return np.concatenate(corners).astype(np.float64)
+
+
+# -- grasping --------------------------------------------------------------------------------------------------------
+
+
+def needed_tilt(p, base: sapien.Pose) -> float:
+    """How far from vertical, towards away from the robot, the wrist's range asks the hand to be at `p` (fitted)."""
+    x, y = rotation_matrix(base.q).T[:2] @ (p - base.p)
+    return float(np.clip(0.15 + 3 * (p[2] - 0.895) + 0.6 * (np.hypot(x, y) - 0.65) + 0.5 * max(y, 0), 0.15, 0.9))
+
+
+def hand_at(p, base: sapien.Pose, opening, style: TableStyle) -> Rotation:
+    """The hand at p (3,), opening along `opening` (3,), tilted as the arm needs."""
+    tilt, forward = needed_tilt(p, base) + style.tilt, rotation_matrix(base.q)[:, 0]
+    return hand(np.sin(tilt) * forward - [0, 0, np.cos(tilt)], opening)
+
+
+def plan_grasp(body: Body, base: sapien.Pose, table: float, first_yaw: float, style: TableStyle) -> Grasp:
+    """Across the narrowest width; where several are as narrow (round things, cubes), the nearest to `first_yaw`."""
+    yaws = first_yaw + SIDES
+    across = np.stack([np.cos(yaws), np.sin(yaws)])  # (2, K)
+    shadow = body.corners[:, :2] @ across  # (N, K)
+    widths = np.ptp(shadow, axis=0)
+    free = widths <= FREE_WIDTH * widths.min()
+    k = np.flatnonzero(free)[np.abs(SIDES[free]).argmin()]
+    opening = np.array([*across[:, k], 0])
+    along = np.array([-opening[1], opening[0], 0])
+    middle = (shadow[:, k].min() + shadow[:, k].max()) / 2
+    p = opening * middle + along * (along @ body.center + style.grasp_side)
+    p[2] = max(body.top - style.depth, table + TIP_ROOM)
+    rotation = hand_at(p + [0, 0, style.hover], base, opening, style)
+    lower = abs(rotation.as_matrix()[2, 1]) * widths[k] / 2  # one fingertip is lower where the hand opens askew
+    p[2] = max(p[2], table + TIP_ROOM + lower)
+    return Grasp(p, rotation)
+
+
+def reach_for(s: State, grasp: Grasp, others: list[Body], style: TableStyle) -> Waypoint:
+    """From anywhere to closed fingers around the object."""
+    frame = s.rotation.as_matrix()
+    reach = grasp.p - s.p
+    across, along = np.linalg.norm(frame[:, :2].T @ reach), frame[:, 2] @ reach
+    turn = angle(s.rotation, grasp.rotation)
+
+    # Fingers around it: close. Once closing, they centre the object themselves.
+    closing = s.opening < 0.95
+    if (
+        across < (0.035 if closing else 0.012)
+        and along < (0.03 if closing else 0.012)
+        and turn < (0.5 if closing else 0.15)
+        and (s.opening > FINGERS_SHUT or s.held)
+    ):
+        return Waypoint(grasp.p, grasp.rotation, 0)
+    # Approach along the hand, as far as aligned and open.
+    off = max(across / 0.03, turn / 0.25)
+    aligned = ramp(off, 1.2, 0.6) * ramp(s.opening, 0.6, 0.85)
+    start = grasp.p - style.hover * grasp.rotation.as_matrix()[:, 2]
+    goal = mix(start, grasp.p, aligned)
+    # Far off: over what stands in the way, up before sideways.
+    far = ramp(np.linalg.norm(reach[:2]), 0.05, 0.1)
+    height = max([goal[2], *(body.top - FINGERTIPS + 0.04 for body in others if in_the_way(s.p, goal, body))])
+    free = mix(1, ramp(s.p[2], height - 0.06, height - 0.02), far)
+    goal = np.array([*mix(s.p[:2], goal[:2], free), mix(goal[2], max(height, goal[2]), far)])
+    return Waypoint(goal, grasp.rotation, 1)
+
+
+def in_the_way(start, goal, body: Body) -> bool:
+    """Whether the open hand, moved from start to goal, passes over the object."""
+    path, to = (goal - start)[:2], (body.center - start)[:2]
+    share = np.clip(to @ path / max(path @ path, 1e-9), 0, 1)
+    return bool(np.linalg.norm(to - share * path) < HAND_ROOM)
+
+
+def in_hand(s: State, body: Body, grasp: Grasp) -> bool:
+    return s.held and np.linalg.norm(grasp.p - s.p) < 0.08
+
+
+def keep_hand(s: State, p, style: TableStyle) -> Rotation:
+    """Opening as it does now, tilted as the arm needs at p."""
+    return hand_at(p, s.base, s.rotation.as_matrix()[:, 1] * [1, 1, 0], style)
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def pick(s: State, body: Body, others: list[Body], table: float, style: TableStyle) -> Waypoint:
+    grasp = plan_grasp(body, s.base, table, style.yaw, style)
+    if in_hand(s, body, grasp):
+        rise = style.lift - (body.bottom - table)
+        goal = s.p + [0, 0, rise]
+        return Waypoint(goal, s.rotation, 0)
+    return reach_for(s, grasp, others, style)
+
+
+def move_near(s: State, body: Body, target: Body, others: list[Body], table: float, style: TableStyle) -> Waypoint:
+    """Carry the object straight towards the target, put it down on the near side, let go, back off."""
+    away = (body.center - target.center)[:2]
+    distance = np.linalg.norm(away)
+    away = away / distance
+    # Opening across the line to the target, the fingers leave it alone.
+    first_yaw = np.arctan2(away[0], -away[1])
+    first_yaw = FIRST_YAW + (first_yaw - FIRST_YAW + np.pi / 2) % np.pi - np.pi / 2
+    grasp = plan_grasp(body, s.base, table, first_yaw + (style.yaw - FIRST_YAW) / 2, style)
+    height = body.bottom - table
+
+    # There: let go, then back off along the hand.
+    if distance < style.gap + 0.025 and height < RESTING:
+        above = s.p[2] > body.top + 0.06
+        back = 0 if above or s.opening < 0.8 else 0.1
+        return Waypoint(s.p - back * s.rotation.as_matrix()[:, 2], s.rotation, 1)
+    # In the hand: lift, carry, lower.
+    if in_hand(s, body, grasp):
+        rest = distance - style.gap
+        lifted = ramp(height, 0.4 * style.carry, 0.8 * style.carry)
+        close = ramp(abs(rest), 0.03, 0.01)
+        lead = max(lifted, 0.5 * close)
+        rise = mix(style.carry, 0.0, close) - height
+        goal = s.p + [*(-away * rest * lead), rise]
+        return Waypoint(goal, s.rotation, 0)
+    return reach_for(s, grasp, others, style)
+
+
+# -- the expert ------------------------------------------------------------------------------------------------------
+
+
+class TabletopExpert(Expert):
+    """The feedback law for "pick" and "near" tasks."""
+
+    def __init__(self, env, rng: np.random.Generator | None = None, variation: float = 1.0):
+        super().__init__(env, rng, variation)
+        self.style, self.corners = TableStyle(), {}
+
+    def reset(self):
+        self.style = draw_table_style(self.rng, self.variation)
+
+    def act(self) -> tuple[np.ndarray, bool]:
+        s = self._read_state()
+        return self._towards(s, self._waypoint(s, s.base * self.home)), False
+
+    def _read_state(self) -> State:
+        sim = self.sim
+        base = sim.agent.body.root_pose
+        tcp = base * sim.agent.controller.tcp_pose()
+        return State(
+            p=np.asarray(tcp.p, dtype=np.float64),
+            rotation=Rotation.from_quat(tcp.q, scalar_first=True),
+            opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
+            drawer=0.0,
+            base=base,
+            object=np.asarray(sim.object.pose.p, dtype=np.float64),
+            held=sim.agent.is_grasping(sim.contacts(), sim.object),
+        )
+
+    def _waypoint(self, s: State, home: sapien.Pose) -> Waypoint:
+        setup = self.sim.setup
+        entities = self.sim.things + self.sim.distractors
+        bodies = [self._body(entity) for entity in entities]
+        source, table = bodies[setup.source], table_of(setup).top
+        others = [body for body in bodies if body is not source]
+        if setup.target is None:
+            return pick(s, source, others, table, self.style)
+        return move_near(s, source, bodies[setup.target], others, table, self.style)
+
+    def _body(self, entity: sapien.Entity) -> Body:
+        if entity not in self.corners:
+            self.corners[entity] = model_corners(entity)
+        pose = entity.pose
+        return Body(self.corners[entity] @ rotation_matrix(pose.q).T + pose.p, com_position(entity).astype(np.float64))
