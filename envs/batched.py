@@ -148,6 +148,13 @@ def read_chain(urdf: str | Path, tip: str = "link_gripper_tcp", device="cpu") ->
     return Chain(names, axis.to(device), *((origins @ part).to(device) for part in parts), origin.to(device))
 
 
+def joint_limits(urdf: str | Path, names, device="cpu") -> torch.Tensor:
+    """(2, J) rad: lowest and highest position of each joint, which drive targets never leave."""
+    limits = {joint.get("name"): joint.find("limit") for joint in ElementTree.parse(urdf).getroot().iter("joint")}
+    rows = [[float(limits[name].get(side)) for name in names] for side in ("lower", "upper")]
+    return torch.tensor(rows, dtype=torch.float64, device=device)
+
+
 def joint_frames(chain: Chain, q: torch.Tensor) -> torch.Tensor:
     """Frames (B, J, 4, 4) in the base of the chain's joints at q (B, J) rad; times `chain.tip` the last is the TCP."""
     q = q[..., None, None]
@@ -249,6 +256,7 @@ class BatchedController:
         self.chain = read_chain(urdf, device=device)
         self.arm = [names.index(name) for name in ARM_GAINS]
         self.fingers = [names.index(name) for name in FINGERS]
+        self.arm_limits = joint_limits(urdf, ARM_GAINS, device)
         self.reaching = [list(ARM_GAINS).index(name) for name in self.chain.names]  # the rest moves the head
 
     def reset(self, qpos: torch.Tensor, mask: torch.Tensor | None = None):
@@ -293,4 +301,5 @@ class BatchedController:
         path, speed = jerk_limited(fingers, qvel[:, self.fingers].clamp(-1, 1), self.finger_target, FINGER_LIMITS)
         self.finger_end = path[..., -1]
         speed = torch.where(path < FINGER_CLOSED, speed, 0.0)
-        return DriveTargets(arm_path.mT, path.clamp(max=FINGER_CLOSED).mT, speed.mT, success)
+        arm_path = arm_path.mT.clamp(*self.arm_limits)
+        return DriveTargets(arm_path, path.clamp(max=FINGER_CLOSED).mT, speed.mT, success)

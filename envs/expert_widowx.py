@@ -18,12 +18,12 @@ from envs.scenes import com_position
 
 MAX_STEP, MAX_TURN = 0.045, 0.3  # m, rad per control step at speed 1
 GAIN = 0.35  # of the error, per control step
+MAX_LEAD, MAX_LEAD_TURN = 0.08, 0.6  # m, rad that the controller's target may be ahead of a hand that is blocked
 TIP = 0.0156  # m, that the fingers reach beyond the tool centre point
 TIP_GAP = 0.0034  # m, kept between fingertips and table
 NEAR = 0.035  # m; an object further from the tool centre point than this is not in the hand
 FINGERS_SHUT = 0.04  # opening below which nothing is between the fingers (they shut at 0)
 FINGERS_WIDE = 0.9  # opening at which they clear the object
-YAW_LOW = -np.pi / 3  # the yaws of an elongated object's grasp run from here to half a turn further
 DOWN = Rotation.from_matrix([[0, 0, -1], [0, -1, 0], [-1, 0, 0]])  # columns: x along the fingers, y their opening
 
 
@@ -37,6 +37,8 @@ class Job:
     over: float  # m, horizontal distance from the target below which to let go
     placed: float  # m, the same for a source that lies on the target by itself
     turns: int = 2  # times in a full turn that the source looks the same to the fingers
+    yaw_low: float = -np.pi / 3  # the yaws of the grasp run from here to a full turn divided by `turns` further
+    depth: float = 0.008  # m above the grasp at which the fingers may close
     spread: float = 0.01  # m, of the place on the target
     carry: float = 0.075  # height of the way to the target
 
@@ -44,8 +46,12 @@ class Job:
 JOBS = {
     "spoon": Job(floor=0.8695, rest=0.0125, release=0.022, over=0.025, placed=0.06),
     "carrot": Job(floor=0.8695, rest=0.018, release=0.025, over=0.02, placed=0.06),
-    "cube": Job(floor=0.8695, rest=0.03, release=0.033, over=0.006, placed=0.018, turns=4, spread=0.0015),
-    "eggplant": Job(floor=0.922, rest=0.02, release=0.06, over=0.025, placed=0.07, carry=0.1),
+    "cube": Job(
+        floor=0.8695, rest=0.03, release=0.033, over=0.006, placed=0.018, turns=4, yaw_low=-np.pi / 4, spread=0.0015
+    ),
+    "eggplant": Job(
+        floor=0.922, rest=0.02, release=0.06, over=0.025, placed=0.07, yaw_low=-1.75, depth=0.016, carry=0.1
+    ),
 }
 
 
@@ -111,11 +117,14 @@ def hand_yaw(rotation: Rotation) -> float:
     return float(np.arctan2(x, -y))
 
 
-def grasp_yaw(axis, turns: int) -> float:
+def grasp_yaw(axis, job: Job) -> float:
     """The yaw of fingers that close across a source lying along `axis` (3,), one per way that it can lie."""
-    period = 2 * np.pi / turns
-    low = YAW_LOW if turns == 2 else -period / 2
-    return float((np.arctan2(axis[1], axis[0]) - low) % period + low)
+    return float((np.arctan2(axis[1], axis[0]) - job.yaw_low) % (2 * np.pi / job.turns) + job.yaw_low)
+
+
+def keep_near(step, lead, longest: float):
+    """The step (3,), changed where the target, `lead` (3,) ahead of the hand, would be further ahead than `longest`."""
+    return clip(clip(lead + step, longest) - lead, np.linalg.norm(step))
 
 
 def put_on(s: State, home, job: Job, style: Style) -> Waypoint:
@@ -151,13 +160,13 @@ def put_on(s: State, home, job: Job, style: Style) -> Waypoint:
         offset[:2] *= max(high, above)
         return Waypoint(s.p + offset, upright, 0)
     # Fingers around it: close.
-    yaw = grasp_yaw(s.axis, job.turns) + style.grasp_yaw
+    yaw = grasp_yaw(s.axis, job) + style.grasp_yaw
     rotation = hand_down(yaw)
     turned = angle(s.rotation, rotation)
-    if across < 0.01 and depth < 0.008 and turned < 0.25 and s.opening > FINGERS_SHUT:
+    if across < 0.01 and depth < job.depth and turned < 0.25 and s.opening > FINGERS_SHUT:
         return Waypoint(grasp, rotation, 0)
     # Approach from above, as far as aligned and open.
-    aligned = ramp(max(across / 0.015, turned / 0.15), 1.5, 0.7) * ramp(s.opening, 0.6, 0.9)
+    aligned = ramp(max(across / 0.015, turned / 0.15), 1.5, 0.7) * ramp(s.opening, 0.55, 0.75)
     return Waypoint(grasp + [0, 0, style.hover * (1 - aligned)], rotation, 1)
 
 
@@ -181,7 +190,12 @@ class WidowXExpert(Expert):
 
     def _towards(self, s: State, goal: Waypoint) -> np.ndarray:
         """A clipped share of the way to the waypoint in the base frame."""
-        step = clip(GAIN * (goal.p - s.p), MAX_STEP * self.style.speed)
-        turn = clip(GAIN * (goal.rotation * s.rotation.inv()).as_rotvec(), MAX_TURN * self.style.speed)
-        to_base = s.base.inv()
-        return np.array([*to_base.apply(step), *to_base.apply(turn), goal.gripper], dtype=np.float32)
+        to_base, controller = s.base.inv(), self.sim.agent.controller
+        step = to_base.apply(clip(GAIN * (goal.p - s.p), MAX_STEP * self.style.speed))
+        turn = to_base.apply(clip(GAIN * (goal.rotation * s.rotation.inv()).as_rotvec(), MAX_TURN * self.style.speed))
+        # Where the hand is blocked the target would run away; nowhere else does the action depend on it.
+        here, target = controller.tcp_pose(), controller.last_target
+        step = keep_near(step, Rotation.from_rotvec(turn).apply(target.p - here.p), MAX_LEAD)
+        ahead = Rotation.from_quat(target.q, scalar_first=True) * Rotation.from_quat(here.q, scalar_first=True).inv()
+        turn = keep_near(turn, ahead.as_rotvec(), MAX_LEAD_TURN)
+        return np.array([*step, *turn, goal.gripper], dtype=np.float32)

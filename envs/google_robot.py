@@ -140,9 +140,9 @@ class GoogleRobotController(RobotController):
         solution, self.ik_success = self.inverse_kinematics(self.target(action), qpos)
         arm_target = (solution if self.ik_success else qpos)[self.arm]
         start = self.arm_end or (qpos[self.arm], np.clip(qvel[self.arm], -1.5, 1.5))
-        self.arm_path, speed = jerk_limited(*start, arm_target, 1.5, 2.0, 50.0, self.sim_steps)
-        self.arm_end = (self.arm_path[-1], speed[-1])
-        self.arm_drive = np.clip(self.arm_path, *self.arm_limits)
+        path, speed = jerk_limited(*start, arm_target, 1.5, 2.0, 50.0, self.sim_steps)
+        self.arm_end = (path[-1], speed[-1])
+        self.arm_path = np.clip(path, *self.arm_limits)
 
         delta, sensed = FINGER_RANGE * np.clip(action[6], -1, 1), self.finger_indices
         if abs(delta) >= FINGER_SMALL_ACTION:
@@ -169,7 +169,7 @@ class GoogleRobotController(RobotController):
 
     def before_simulation_step(self):
         self.substep = k = min(self.substep + 1, self.sim_steps)
-        for joint, position in zip(self.arm_joints, self.arm_drive[k]):
+        for joint, position in zip(self.arm_joints, self.arm_path[k]):
             joint.set_drive_target(position)
         for joint, position, speed in zip(self.finger_joints, self.finger_path[k], self.finger_speed[k]):
             joint.set_drive_target(position)

@@ -1,4 +1,4 @@
-"""What stands in a SIMPLER scene besides the robot: stage, lights, cabinet, loose objects, real background (spec 2, 3.0).
+"""What stands in a SIMPLER scene besides the robot: stage, lights, cabinet, objects, real background (spec 2, 3.0).
 
 Stages and pictures that the asset tree lacks are replaced by plain stand-ins; `Standins` collects what was replaced so
 that every result can say so.

@@ -20,7 +20,7 @@ from envs.google_robot import GoogleRobot
 from envs.robot import SimplerRobot, by_plain_name, finite_action
 from envs.scenes import Standins
 from envs.success import JUDGES
-from envs.tasks import CLOSE_START, Variant, get_task, next_episode_seed
+from envs.tasks import CLOSE_START, VISUAL_MATCHING, get_task, next_episode_seed
 from envs.widowx import PLACES, WidowX
 from selfflow_robot.interfaces import PROPRIO_DIM, Observation
 
@@ -163,7 +163,7 @@ class SimplerEnv(BaseEnv):
             seed = next_episode_seed(self.episode_seed)
         seed = int(np.atleast_1d(seed)[0])
         self.episode_seed = seed
-        reconfigure, variant = options.pop("reconfigure", False), options.pop("variant", None) or Variant()
+        reconfigure, variant = options.pop("reconfigure", False), options.pop("variant", VISUAL_MATCHING)
         setup = options.pop("setup", None) or self.task.setup({**self.task.draw(seed), **options}, variant)
         if not self.overlay:
             setup = replace(setup, overlay=None)

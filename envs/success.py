@@ -31,10 +31,14 @@ def touches_other(contacts, thing: sapien.Entity, allowed: set) -> bool:
     """Whether `thing` presses on anything but `allowed` entities, in any one pair of shapes."""
     for contact in contacts:
         pair = {body.entity for body in contact.bodies}
-        if thing in pair and not pair <= allowed | {thing} and contact.points:
-            if np.linalg.norm(np.sum([point.impulse for point in contact.points], axis=0)) > IMPULSE:
-                return True
+        if thing in pair and not pair <= allowed | {thing} and impulse_size(contact) > IMPULSE:
+            return True
     return False
+
+
+def impulse_size(contact) -> float:
+    """N s, of one pair of shapes."""
+    return float(np.linalg.norm(np.sum([point.impulse for point in contact.points], axis=0)))
 
 
 class Consecutive:

@@ -100,6 +100,9 @@ class Variant:
     baked: bool = True  # textures matched to the real objects, where there is a choice
 
 
+VISUAL_MATCHING = Variant()
+
+
 @dataclass(frozen=True)
 class Setup:
     """One episode's start, complete: what is in the scene and where."""
@@ -201,7 +204,7 @@ class Task:
             drawn["object_xy"] = tuple(np.random.RandomState(seed).uniform(low, high).tolist())
         return drawn
 
-    def setup(self, choices: dict, variant: Variant = Variant()) -> Setup:
+    def setup(self, choices: dict, variant: Variant = VISUAL_MATCHING) -> Setup:
         """The scene of these choices (`draw`, changed at will). ValueError naming a choice that does not exist."""
         self._check(choices)
         parts = {"pick": self._pick, "near": self._near, "put_on": self._put_on}.get(self.kind, self._drawer)

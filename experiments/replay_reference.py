@@ -316,8 +316,11 @@ def main():
         print(json.dumps(results, indent=1))
         return
     table = Table(title=f"errors in mm; resync every {arguments.resync} steps")
-    columns = ("settled_mm", "settled_degrees", "first_contact", "free_tcp_mm_max", "tcp_mm_final", "resync_tcp_mm_median", "resync_object_mm_max",
-               "drawer_mm_final", "object_mm_final", "success", "recorded_success", "psnr_reset_db")  # fmt: skip
+    columns = (
+        "settled_mm", "settled_degrees", "first_contact", "free_tcp_mm_max", "tcp_mm_final", "resync_tcp_mm_median",
+        "resync_object_mm_median", "resync_object_mm_max", "drawer_mm_final", "object_mm_final", "success",
+        "recorded_success", "psnr_reset_db",
+    )  # fmt: skip
     for column in ("episode", *columns):
         table.add_column(column.replace("_", " "))
     for r in results:
