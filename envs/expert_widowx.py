@@ -41,6 +41,7 @@ class Job:
     depth: float = 0.008  # m above the grasp at which the fingers may close
     spread: float = 0.01  # m, of the place on the target
     carry: float = 0.075  # height of the way to the target
+    x_max: float = np.inf  # of the grasp: beyond, a finger would come down on the rim of the sink
 
 
 JOBS = {
@@ -50,7 +51,15 @@ JOBS = {
         floor=0.8695, rest=0.03, release=0.033, over=0.006, placed=0.018, turns=4, yaw_low=-np.pi / 4, spread=0.0015
     ),
     "eggplant": Job(
-        floor=0.922, rest=0.02, release=0.06, over=0.025, placed=0.07, yaw_low=-1.75, depth=0.016, carry=0.1
+        floor=0.922,
+        rest=0.02,
+        release=0.06,
+        over=0.025,
+        placed=0.07,
+        yaw_low=-1.75,
+        depth=0.016,
+        carry=0.1,
+        x_max=-0.092,
     ),
 }
 
@@ -135,6 +144,7 @@ def put_on(s: State, home, job: Job, style: Style) -> Waypoint:
     upright = hand_down(hand_yaw(s.rotation))
     axis = np.append(s.axis[:2] / max(np.linalg.norm(s.axis[:2]), 1e-6), 0)
     grasp = s.source + style.grasp_along * (job.turns == 2) * axis
+    grasp[0] = min(grasp[0], max(job.x_max, s.source[0] - 0.006))
     grasp[2] = max(s.source[2] + style.grasp_height, job.floor + TIP + TIP_GAP)
     reach = grasp - s.p
     across, depth = np.linalg.norm(reach[:2]), -reach[2]  # of the hand from the grasp: sideways, above
@@ -191,11 +201,15 @@ class WidowXExpert(Expert):
     def _towards(self, s: State, goal: Waypoint) -> np.ndarray:
         """A clipped share of the way to the waypoint in the base frame."""
         to_base, controller = s.base.inv(), self.sim.agent.controller
-        step = to_base.apply(clip(GAIN * (goal.p - s.p), MAX_STEP * self.style.speed))
-        turn = to_base.apply(clip(GAIN * (goal.rotation * s.rotation.inv()).as_rotvec(), MAX_TURN * self.style.speed))
-        # Where the hand is blocked the target would run away; nowhere else does the action depend on it.
+        longest, widest = MAX_STEP * self.style.speed, MAX_TURN * self.style.speed
+        step = to_base.apply(clip(GAIN * (goal.p - s.p), longest))
+        turn = to_base.apply(clip(GAIN * (goal.rotation * s.rotation.inv()).as_rotvec(), widest))
+        # Only where the hand is blocked does the action depend on the controller's target, lest that run away.
         here, target = controller.tcp_pose(), controller.last_target
-        step = keep_near(step, Rotation.from_rotvec(turn).apply(target.p - here.p), MAX_LEAD)
+        lead = Rotation.from_rotvec(turn).apply(target.p - here.p)
         ahead = Rotation.from_quat(target.q, scalar_first=True) * Rotation.from_quat(here.q, scalar_first=True).inv()
-        turn = keep_near(turn, ahead.as_rotvec(), MAX_LEAD_TURN)
-        return np.array([*step, *turn, goal.gripper], dtype=np.float32)
+        step, turn = keep_near(step, lead, MAX_LEAD), keep_near(turn, ahead.as_rotvec(), MAX_LEAD_TURN)
+        action = np.array([*step, *turn, goal.gripper], dtype=np.float32)
+        if not self._reachable(action):  # the arm would stall: back to where the hand is
+            action[:3], action[3:6] = clip(step - lead, longest), clip(turn - ahead.as_rotvec(), widest)
+        return action

@@ -25,7 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ATTEMPTS = 2  # per seed, and to start a worker
 START_SECONDS = 300.0  # allowed for a worker to start; the first scene of a cold machine takes a while
 PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
-SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # one core per worker is plenty
+SINGLE_THREADED = {  # one core per worker is plenty; the last is Mesa's software Vulkan
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "LP_NUM_THREADS": "1",
+}
 log = logging.getLogger(__name__)
 
 
@@ -98,13 +102,8 @@ class Workers:
         target = multiprocessing.get_context("spawn").Process(
             target=_work, args=(theirs, self.start, self.arguments), daemon=True
         )
-        previous = {name: os.environ.get(name) for name in SINGLE_THREADED}
-        os.environ.update(SINGLE_THREADED)  # read when the child imports its libraries
-        try:
+        with single_threaded():
             target.start()
-        finally:
-            for name, value in previous.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
         theirs.close()  # so that the child's death is the end of the pipe
         return _Worker(target, ours)
 
@@ -146,6 +145,18 @@ class Workers:
         else:
             log.warning("seed %d: worker %s again; skipped", seed, reason)
             yield seed, None
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Processes started within keep to one core: their libraries read these variables when they are imported."""
+    previous = {name: os.environ.get(name) for name in SINGLE_THREADED}
+    os.environ.update(SINGLE_THREADED)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _work(parent: connection.Connection, start: Callable, arguments: tuple) -> None:
