@@ -16,13 +16,14 @@ from envs.expert import Expert, State, Waypoint, angle, hand, mix, ramp
 from envs.scenes import body_of, com_position, rotation_matrix, table_of
 
 FREE_WIDTH = 1.04  # an object may be grasped across any width up to this times its narrowest
-FIRST_YAW = -0.7  # of the direction the fingers open in: half way between across and along the robot's view
+YAWS = -0.7 + np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)  # of the opening direction: what the wrist can do
 FINGERS_SHUT = 0.19  # opening below which nothing is between the fingers (closed: 0.174)
+FINGERS_OPEN = 0.95  # opening from which they are not closing around something
 FINGERTIPS = 0.035  # m, open fingertips end this far behind the tool centre point; closed ones reach it
-TIP_ROOM = 0.012  # m between the tool centre point and the table
+FINGER_SWING = 0.065  # m, from the hand's axis, where the fingertips reach farthest while closing
+TIP_ROOM = 0.01  # m between the tool centre point and the table
 HAND_ROOM = 0.16  # m, horizontally, that the open hand needs
 RESTING = 0.01  # m above the table
-SIDES = np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TableStyle:
     """How this episode is done: what may vary without hurting success."""
 
     speed: float = 1.0  # of MAX_STEP and MAX_TURN
-    yaw: float = FIRST_YAW  # of the opening direction, where the object leaves a choice
+    yaw: float = -1.2  # of the opening direction, where the object leaves a choice
     tilt: float = 0.0  # of the hand from vertical, more than the arm needs
     depth: float = 0.05  # of the tool centre point below the object's top
     grasp_side: float = 0.0  # offset along the object, across the opening direction
@@ -89,7 +90,7 @@ def model_corners(entity: sapien.Entity) -> np.ndarray:
 def needed_tilt(p, base: sapien.Pose) -> float:
     """How far from vertical, towards away from the robot, the wrist's range asks the hand to be at `p` (fitted)."""
     x, y = rotation_matrix(base.q).T[:2] @ (p - base.p)
-    return float(np.clip(0.15 + 3 * (p[2] - 0.895) + 0.6 * (np.hypot(x, y) - 0.65) + 0.5 * max(y, 0), 0.15, 0.9))
+    return float(np.clip(0.12 + 3 * (p[2] - 0.895) + 0.6 * (np.hypot(x, y) - 0.65) + 0.5 * max(y, 0), 0.08, 0.9))
 
 
 def hand_at(p, base: sapien.Pose, opening, style: TableStyle) -> Rotation:
@@ -98,22 +99,28 @@ def hand_at(p, base: sapien.Pose, opening, style: TableStyle) -> Rotation:
     return hand(np.sin(tilt) * forward - [0, 0, np.cos(tilt)], opening)
 
 
-def plan_grasp(body: Body, base: sapien.Pose, table: float, first_yaw: float, style: TableStyle) -> Grasp:
-    """Across the narrowest width; where several are as narrow (round things, cubes), the nearest to `first_yaw`."""
-    yaws = first_yaw + SIDES
-    across = np.stack([np.cos(yaws), np.sin(yaws)])  # (2, K)
-    shadow = body.corners[:, :2] @ across  # (N, K)
+def opening_yaw(s: State) -> float:
+    return float(np.arctan2(*s.rotation.as_matrix()[[1, 0], 1]))
+
+
+def plan_grasp(s: State, body: Body, table: float, first_yaw: float, style: TableStyle) -> Grasp:
+    """Across the narrowest width; where several are as narrow (round things, cubes), the nearest to `first_yaw`, or to
+    the hand's own once it closes.
+    """
+    directions = np.stack([np.cos(YAWS), np.sin(YAWS)])  # (2, K)
+    shadow = body.corners[:, :2] @ directions  # (N, K)
     widths = np.ptp(shadow, axis=0)
-    free = widths <= FREE_WIDTH * widths.min()
-    k = np.flatnonzero(free)[np.abs(SIDES[free]).argmin()]
-    opening = np.array([*across[:, k], 0])
+    wanted = first_yaw if s.opening > FINGERS_OPEN else opening_yaw(s)
+    turn = np.where(widths <= FREE_WIDTH * widths.min(), np.abs(np.sin(YAWS - wanted)), np.inf)
+    k = turn.argmin()
+    opening = np.array([*directions[:, k], 0])
     along = np.array([-opening[1], opening[0], 0])
     middle = (shadow[:, k].min() + shadow[:, k].max()) / 2
     p = opening * middle + along * (along @ body.center + style.grasp_side)
     p[2] = max(body.top - style.depth, table + TIP_ROOM)
-    rotation = hand_at(p + [0, 0, style.hover], base, opening, style)
-    lower = abs(rotation.as_matrix()[2, 1]) * widths[k] / 2  # one fingertip is lower where the hand opens askew
-    p[2] = max(p[2], table + TIP_ROOM + lower)
+    rotation = hand_at(p, s.base, opening, style)
+    askew = abs(rotation.as_matrix()[2, 1])  # one finger is lower than the other
+    p[2] = max(p[2], table + TIP_ROOM + FINGER_SWING * askew)
     return Grasp(p, rotation)
 
 
@@ -122,17 +129,18 @@ def reach_for(s: State, grasp: Grasp, others: list[Body], style: TableStyle) -> 
     frame = s.rotation.as_matrix()
     reach = grasp.p - s.p
     across, along = np.linalg.norm(frame[:, :2].T @ reach), frame[:, 2] @ reach
-    turn = angle(s.rotation, grasp.rotation)
+    rotation = hand_at(s.p, s.base, grasp.rotation.as_matrix()[:, 1] * [1, 1, 0], style)
+    turn = angle(s.rotation, rotation)
 
     # Fingers around it: close. Once closing, they centre the object themselves.
-    closing = s.opening < 0.95
+    closing = s.opening < FINGERS_OPEN
     if (
         across < (0.035 if closing else 0.012)
-        and along < (0.03 if closing else 0.012)
+        and along < (0.018 if closing else 0.012)
         and turn < (0.5 if closing else 0.15)
         and (s.opening > FINGERS_SHUT or s.held)
     ):
-        return Waypoint(grasp.p, grasp.rotation, 0)
+        return Waypoint(grasp.p, rotation, 0)
     # Approach along the hand, as far as aligned and open.
     off = max(across / 0.03, turn / 0.25)
     aligned = ramp(off, 1.2, 0.6) * ramp(s.opening, 0.6, 0.85)
@@ -143,7 +151,7 @@ def reach_for(s: State, grasp: Grasp, others: list[Body], style: TableStyle) -> 
     height = max([goal[2], *(body.top - FINGERTIPS + 0.04 for body in others if in_the_way(s.p, goal, body))])
     free = mix(1, ramp(s.p[2], height - 0.06, height - 0.02), far)
     goal = np.array([*mix(s.p[:2], goal[:2], free), mix(goal[2], max(height, goal[2]), far)])
-    return Waypoint(goal, grasp.rotation, 1)
+    return Waypoint(goal, rotation, 1)
 
 
 def in_the_way(start, goal, body: Body) -> bool:
@@ -153,24 +161,22 @@ def in_the_way(start, goal, body: Body) -> bool:
     return bool(np.linalg.norm(to - share * path) < HAND_ROOM)
 
 
-def in_hand(s: State, body: Body, grasp: Grasp) -> bool:
+def in_hand(s: State, grasp: Grasp) -> bool:
     return s.held and np.linalg.norm(grasp.p - s.p) < 0.08
 
 
-def keep_hand(s: State, p, style: TableStyle) -> Rotation:
-    """Opening as it does now, tilted as the arm needs at p."""
-    return hand_at(p, s.base, s.rotation.as_matrix()[:, 1] * [1, 1, 0], style)
+def keep_hand(s: State, style: TableStyle) -> Rotation:
+    """Opening as it does now, tilted as the arm needs."""
+    return hand_at(s.p, s.base, s.rotation.as_matrix()[:, 1] * [1, 1, 0], style)
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------
 
 
 def pick(s: State, body: Body, others: list[Body], table: float, style: TableStyle) -> Waypoint:
-    grasp = plan_grasp(body, s.base, table, style.yaw, style)
-    if in_hand(s, body, grasp):
-        rise = style.lift - (body.bottom - table)
-        goal = s.p + [0, 0, rise]
-        return Waypoint(goal, s.rotation, 0)
+    grasp = plan_grasp(s, body, table, style.yaw, style)
+    if in_hand(s, grasp):
+        return Waypoint(s.p + [0, 0, style.lift - (body.bottom - table)], keep_hand(s, style), 0)
     return reach_for(s, grasp, others, style)
 
 
@@ -180,9 +186,8 @@ def move_near(s: State, body: Body, target: Body, others: list[Body], table: flo
     distance = np.linalg.norm(away)
     away = away / distance
     # Opening across the line to the target, the fingers leave it alone.
-    first_yaw = np.arctan2(away[0], -away[1])
-    first_yaw = FIRST_YAW + (first_yaw - FIRST_YAW + np.pi / 2) % np.pi - np.pi / 2
-    grasp = plan_grasp(body, s.base, table, first_yaw + (style.yaw - FIRST_YAW) / 2, style)
+    first_yaw = np.arctan2(away[0], -away[1]) + (style.yaw - TableStyle.yaw) / 2
+    grasp = plan_grasp(s, body, table, first_yaw, style)
     height = body.bottom - table
 
     # There: let go, then back off along the hand.
@@ -191,14 +196,13 @@ def move_near(s: State, body: Body, target: Body, others: list[Body], table: flo
         back = 0 if above or s.opening < 0.8 else 0.1
         return Waypoint(s.p - back * s.rotation.as_matrix()[:, 2], s.rotation, 1)
     # In the hand: lift, carry, lower.
-    if in_hand(s, body, grasp):
+    if in_hand(s, grasp):
         rest = distance - style.gap
         lifted = ramp(height, 0.4 * style.carry, 0.8 * style.carry)
         close = ramp(abs(rest), 0.03, 0.01)
         lead = max(lifted, 0.5 * close)
         rise = mix(style.carry, 0.0, close) - height
-        goal = s.p + [*(-away * rest * lead), rise]
-        return Waypoint(goal, s.rotation, 0)
+        return Waypoint(s.p + [*(-away * rest * lead), rise], keep_hand(s, style), 0)
     return reach_for(s, grasp, others, style)
 
 

@@ -87,7 +87,7 @@ class ProtocolEpisode:
     @property
     def options(self) -> dict:
         """Reset options of `SimplerEnv`."""
-        return {**self.choices, "variant": self.variant}
+        return self.choices if self.variant == VISUAL_MATCHING else {**self.choices, "variant": self.variant}
 
 
 def protocol_episodes(task: str | Task, protocol: str, first_seed: int = 0, count: int = 1) -> list[ProtocolEpisode]:

@@ -119,10 +119,10 @@ class SimplerRobot(BaseAgent):
         sapien_utils.apply_urdf_config(loader, sapien_utils.parse_urdf_config(self.urdf_config))
         sapien.set_log_level("error")  # it warns of STL files with several convex pieces; their number is right
         builder = loader.parse(self.urdf_path)["articulation_builders"][0]
-        sapien.set_log_level("warning")
         prune_frames(builder, self.kept_frames)
         builder.initial_pose = initial_pose
         self.robot = builder.build(build_mimic_joints=False)  # SAPIEN 2 ignores the mimic tag (spec 7.4)
+        sapien.set_log_level("warning")
         self.body = self.robot._objs[0]  # the SAPIEN articulation
         self.links = by_plain_name(self.body.links)
 

@@ -164,7 +164,7 @@ class Task:
     @cached_property
     def options(self) -> tuple[str, ...]:
         """Reset options of this task beyond those of every task."""
-        named = {"pose": self.poses, "drawer": self.drawers[1:], "model": self.models[1:]}
+        named = {"pose": self.poses, "drawer": self.drawers, "model": self.models}
         named |= {"orientation": self.kind == "pick", "object_xy": self.kind in ("pick", "place")}
         named |= {"episode_id": self.kind in ("near", "put_on")}
         return tuple(name for name, there in named.items() if there)
@@ -224,7 +224,7 @@ class Task:
 
     def _check(self, choices: dict) -> None:
         known = {"pose": tuple(POSES), "drawer": self.drawers, "orientation": tuple(ORIENTATIONS)}
-        known |= {"urdf_version": URDF_VERSIONS}
+        known |= {"urdf_version": URDF_VERSIONS, "model": PICK_OBJECTS if self.kind == "pick" else PLACE_OBJECTS}
         for name, values in known.items():
             if name in choices and choices[name] not in values:
                 raise ValueError(f"unknown {name} {choices[name]!r}; known: {', '.join(map(repr, values))}")

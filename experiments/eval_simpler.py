@@ -158,7 +158,8 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
     from envs.upstream import make_upstream_env
 
     if cfg.simulator == "upstream":
-        env = make_upstream_env(cfg.task, width=cfg.width, height=cfg.height)
+        seeing = cfg.policy == "checkpoint" or cfg.video  # pictures need a GPU or a new Mesa there
+        env = make_upstream_env(cfg.task, width=cfg.width, height=cfg.height, render=seeing)
     else:
         env = make_env(cfg.task, width=cfg.width, height=cfg.height, shader=cfg.shader)
     if cfg.policy == "expert":
@@ -292,7 +293,7 @@ def print_table(results: dict, folder: Path) -> None:
         interval = f"{row['low']:.1%} to {row['high']:.1%}"
         table.add_row(name.replace("_", " "), f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", interval)
     Console().print(table)
-    if protocol["protocol"] != "random":
+    if results["groups"]:
         groups = Table("group", "k/n", "rate", "95% Wilson interval", title=f"{protocol['protocol']}, success_final")
         for row in results["groups"]:
             name = " / ".join(row["group"]) + ("" if row["averaged"] else " (not in the average)")
@@ -300,6 +301,7 @@ def print_table(results: dict, folder: Path) -> None:
                 name, f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}"
             )
         Console().print(groups)
+    if protocol["protocol"] != "random":
         print(f"score, averaged as upstream does: {results['score']['success_final']:.3f}")
     for text in results["standins"]:
         print(f"stand-in: {text}")

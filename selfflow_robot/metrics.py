@@ -70,3 +70,26 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
         raise ValueError(f"expected uint8 arrays of one shape, got {a.dtype} {a.shape} and {b.dtype} {b.shape}")
     error = np.mean(np.square(a.astype(np.float64) - b))
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def pearson(real: Sequence[float], simulated: Sequence[float]) -> float:
+    """Correlation of success rates of several policies; NaN where all of one side are equal."""
+    a, b = np.asarray(real, float), np.asarray(simulated, float)
+    if a.shape != b.shape or a.size < 2:
+        raise ValueError(f"need the same policies on both sides, at least two: got {a.size} and {b.size}")
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / scale) if scale else float("nan")
+
+
+def mean_maximum_rank_violation(real: Sequence[float], simulated: Sequence[float]) -> float:
+    """MMRV of SIMPLER (arXiv:2405.05941, section 4): how much real success the simulator's worst misranking hides.
+
+    The mean over policies i of the largest |real_i - real_j| over those j that the simulator orders the other way.
+    """
+    a, b = np.asarray(real, float), np.asarray(simulated, float)
+    if a.shape != b.shape or a.size < 2:
+        raise ValueError(f"need the same policies on both sides, at least two: got {a.size} and {b.size}")
+    apart = np.abs(a[:, None] - a[None])
+    misranked = (a[:, None] < a[None]) != (b[:, None] < b[None])
+    return float((apart * misranked).max(axis=1).mean())

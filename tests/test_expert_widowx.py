@@ -12,20 +12,24 @@ from scipy.spatial.transform import Rotation
 
 from envs import make_env
 from envs.expert_widowx import (
-    JOBS, MAX_STEP, MAX_TURN, SPREAD, Style, WidowXExpert, draw_style, grasp_yaw, hand_down, hand_yaw, keep_near,
-)  # fmt: skip
+    JOBS,
+    MAX_STEP,
+    MAX_TURN,
+    SPREAD,
+    Style,
+    WidowXExpert,
+    draw_style,
+    grasp_yaw,
+    hand_down,
+    hand_yaw,
+    keep_near,
+)
 from envs.scenes import hold_still
 from envs.success import horizontal
 
 pytestmark = pytest.mark.sim
 
-# Episodes: source along x and across, near and far; 12 and 15: an eggplant at the sink's wall.
-TASKS = {
-    "spoon_on_towel": (0, 23),
-    "carrot_on_plate": (6, 13),
-    "stack_cube": (1, 22),
-    "eggplant_in_basket": (5, 12, 15),
-}
+TASKS = ("spoon_on_towel", "carrot_on_plate", "stack_cube", "eggplant_in_basket")
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +58,31 @@ def solved(info) -> bool:
     return info["success"] and info["subgoals"]["object_grasped"]
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("variation", [0, 1])
-def test_solves_within_the_limit_and_success_lasts(scenes, task, variation):
+@pytest.mark.parametrize(
+    "task, episode, variation",
+    [  # sources lying both ways, far and near
+        ("spoon_on_towel", 0, 0),
+        ("spoon_on_towel", 23, 1),
+        ("carrot_on_plate", 13, 0),
+        ("carrot_on_plate", 6, 1),
+        ("stack_cube", 22, 0),
+        ("stack_cube", 1, 1),
+        ("eggplant_in_basket", 5, 1),
+        ("eggplant_in_basket", 15, 0),  # at the wall of the sink
+    ],
+)
+def test_solves_within_the_limit_and_success_lasts(scenes, task, episode, variation):
     env, sim = scenes[task], scenes[task].unwrapped
-    for episode in TASKS[task]:
-        env.reset(seed=0, options={"episode_id": episode})
-        expert = WidowXExpert(env, np.random.default_rng(episode), variation)
-        expert.reset()
-        target = sim.things[sim.setup.target]
-        start = np.array(target.pose.p)
-        info = drive(env, expert, sim.task.max_steps)
-        assert solved(info), episode
-        assert horizontal(target.pose.p - start) < 0.01  # the target stays where it is
-        action, done = expert.act()  # the hand has come home, open, and stays there
-        assert not done and action[6] == 1
-        assert np.linalg.norm(action[:3]) < 0.005 and np.linalg.norm(action[3:6]) < 0.05
+    env.reset(seed=0, options={"episode_id": episode})
+    expert = WidowXExpert(env, np.random.default_rng(episode), variation)
+    expert.reset()
+    target = sim.things[sim.setup.target]
+    start = np.array(target.pose.p)
+    assert solved(drive(env, expert, sim.task.max_steps))
+    assert horizontal(target.pose.p - start) < 0.01  # the target stays where it is
+    action, done = expert.act()  # the hand has come home, open, and stays there
+    assert not done and action[6] == 1
+    assert np.linalg.norm(action[:3]) < 0.005 and np.linalg.norm(action[3:6]) < 0.05
 
 
 @pytest.mark.parametrize("task", ["carrot_on_plate", "stack_cube"])
@@ -91,8 +104,9 @@ def test_tries_again_when_the_object_slips_away(scenes, task):
     env, sim = scenes[task], scenes[task].unwrapped
     env.reset(seed=0, options={"episode_id": 1})
     expert, start = WidowXExpert(env, variation=0), sim.object.pose
-    drive(env, expert, 14)
-    assert sim.object.pose.p[2] > start.p[2] + 0.01  # lifted
+    while sim.object.pose.p[2] < start.p[2] + 0.02:
+        env.step(expert.act()[0])
+        assert int(sim._elapsed_steps[0]) < 25
     sim.object.set_pose(sapien.Pose(start.p - [0.03, 0, 0], start.q))
     hold_still(sim.object)
     drive(env, expert, 2)
