@@ -16,12 +16,12 @@ from envs.expert import Expert, State, Waypoint, angle, hand, mix, ramp
 from envs.scenes import body_of, com_position, rotation_matrix, table_of
 
 FREE_WIDTH = 1.04  # an object may be grasped across any width up to this times its narrowest
-YAWS = -0.7 + np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)  # of the opening direction: what the wrist can do
+YAWS = -0.18 + np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)  # of the opening direction: what the wrist can do
 FINGERS_SHUT = 0.19  # opening below which nothing is between the fingers (closed: 0.174)
 FINGERS_OPEN = 0.95  # opening from which they are not closing around something
 FINGERTIPS = 0.035  # m, open fingertips end this far behind the tool centre point; closed ones reach it
-FINGER_SWING = 0.065  # m, from the hand's axis, where the fingertips reach farthest while closing
-TIP_ROOM = 0.01  # m between the tool centre point and the table
+FINGER_SWING = 0.06  # m, from the hand's axis, where the fingertips reach farthest while closing
+TIP_ROOM = 0.006, 0.009  # m between the tool centre point and the table: and the swing of a lower finger; at least
 HAND_ROOM = 0.16  # m, horizontally, that the open hand needs
 RESTING = 0.01  # m above the table
 
@@ -32,8 +32,8 @@ class TableStyle:
 
     speed: float = 1.0  # of MAX_STEP and MAX_TURN
     yaw: float = -1.2  # of the opening direction, where the object leaves a choice
-    tilt: float = 0.0  # of the hand from vertical, more than the arm needs
-    depth: float = 0.05  # of the tool centre point below the object's top
+    tilt: float = 0.02  # of the hand from vertical, more than the arm needs
+    depth: float = 0.056  # of the tool centre point below the object's top
     grasp_side: float = 0.0  # offset along the object, across the opening direction
     hover: float = 0.075  # pre-grasp distance along the hand
     lift: float = 0.09  # of a picked object above the table
@@ -43,7 +43,7 @@ class TableStyle:
 
 # Half ranges of the uniform draws around the defaults; speed is drawn from 0.7 to 1.1.
 TABLE_SPREAD = dict(
-    yaw=0.35, tilt=0.05, depth=0.006, grasp_side=0.004, hover=0.015, lift=0.02, carry=0.01, gap=0.01
+    yaw=0.35, tilt=0.02, depth=0.005, grasp_side=0.004, hover=0.015, lift=0.02, carry=0.01, gap=0.01
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def model_corners(entity: sapien.Entity) -> np.ndarray:
 def needed_tilt(p, base: sapien.Pose) -> float:
     """How far from vertical, towards away from the robot, the wrist's range asks the hand to be at `p` (fitted)."""
     x, y = rotation_matrix(base.q).T[:2] @ (p - base.p)
-    return float(np.clip(0.12 + 3 * (p[2] - 0.895) + 0.6 * (np.hypot(x, y) - 0.65) + 0.5 * max(y, 0), 0.08, 0.9))
+    return float(np.clip(0.08 + 3 * (p[2] - 0.895) + 0.6 * (np.hypot(x, y) - 0.65) + 0.5 * max(y, 0), 0.05, 0.9))
 
 
 def hand_at(p, base: sapien.Pose, opening, style: TableStyle) -> Rotation:
@@ -117,11 +117,10 @@ def plan_grasp(s: State, body: Body, table: float, first_yaw: float, style: Tabl
     along = np.array([-opening[1], opening[0], 0])
     middle = (shadow[:, k].min() + shadow[:, k].max()) / 2
     p = opening * middle + along * (along @ body.center + style.grasp_side)
-    p[2] = max(body.top - style.depth, table + TIP_ROOM)
-    rotation = hand_at(p, s.base, opening, style)
-    askew = abs(rotation.as_matrix()[2, 1])  # one finger is lower than the other
-    p[2] = max(p[2], table + TIP_ROOM + FINGER_SWING * askew)
-    return Grasp(p, rotation)
+    p[2] = body.top - style.depth
+    askew = abs(hand_at(p, s.base, opening, style).as_matrix()[2, 1])  # one finger is lower than the other
+    p[2] = max(p[2], table + max(TIP_ROOM[0] + FINGER_SWING * askew, TIP_ROOM[1]))
+    return Grasp(p, hand_at(p, s.base, opening, style))
 
 
 def reach_for(s: State, grasp: Grasp, others: list[Body], style: TableStyle) -> Waypoint:

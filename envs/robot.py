@@ -189,8 +189,11 @@ def prune_frames(builder, kept: tuple[str, ...]) -> None:
         link.index = index
 
 
-def finite_action(action, dim: int = 7) -> np.ndarray:
-    """The action as float64 (7,). ValueError naming shape or dimension otherwise."""
+ACTION_LIMITS = np.array([1.0] * 3 + [np.pi / 2] * 3 + [np.inf])  # upstream's box; the gripper alone is clipped
+
+
+def checked_action(action, dim: int = 7) -> np.ndarray:
+    """The action as float64 (7,). ValueError naming its shape, or the dimension that is not finite or too large."""
     try:
         action = np.asarray(action, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -201,4 +204,8 @@ def finite_action(action, dim: int = 7) -> np.ndarray:
         wrong = int(np.flatnonzero(~np.isfinite(action))[0])
         raise ValueError(f"action must be {dim} finite numbers, but its {ACTION_NAMES[wrong]} (dimension {wrong}) is "
                          f"{action[wrong]}")  # fmt: skip
+    if (beyond := np.flatnonzero(np.abs(action) > ACTION_LIMITS)).size:
+        wrong, limit = int(beyond[0]), ACTION_LIMITS[beyond[0]]
+        raise ValueError(f"action {ACTION_NAMES[wrong]} (dimension {wrong}) is {action[wrong]:.3g}, beyond "
+                         f"+-{limit:.3g} per control step")  # fmt: skip
     return action

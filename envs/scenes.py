@@ -227,17 +227,18 @@ def _connected(faces: list[list[int]], same: np.ndarray, count: int) -> list[np.
     return [used[label[same[used]] == piece] for piece in first]
 
 
-def add_visual(builder, model: str, standins: Standins) -> None:
-    """The looks of a model: textured.obj, .dae or .glb, the first that exists; else its collision mesh in grey."""
+def add_visual(builder, model: str, standins: Standins) -> bool:
+    """The looks of a model: textured.obj, .dae or .glb, the first that exists; else its collision mesh, and False."""
     for suffix in ("obj", "dae", "glb"):
         path = f"{MODELS}{model}/textured.{suffix}"
         if has_asset(path):
             builder.add_visual_from_file(str(asset(path)))
-            return
+            return True
     standins.note(f"no picture of {model} ({MODELS}{model}/textured.*): shown as its plain collision shape")
     color = STANDIN_COLORS.get(model.removeprefix("baked_").removesuffix("_v2"), (0.6, 0.6, 0.6))
     material = sapien.render.RenderMaterial(base_color=[*color, 1], roughness=0.5)
     builder.add_visual_from_file(str(asset(f"{MODELS}{model}/collision.obj")), material=material)
+    return False
 
 
 STANDIN_COLORS = {

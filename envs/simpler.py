@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from envs import scenes
 from envs.assets import asset
 from envs.google_robot import GoogleRobot
-from envs.robot import SimplerRobot, by_plain_name, finite_action
+from envs.robot import SimplerRobot, by_plain_name, checked_action
 from envs.scenes import Standins
 from envs.success import JUDGES
 from envs.tasks import CLOSE_START, VISUAL_MATCHING, get_task, next_episode_seed
@@ -53,7 +53,9 @@ class SimplerEnv(BaseEnv):
         self.overlay, self.shader, self.physics = overlay, shader, physics or {}
         self.episode_seed, self.background = 2022, None
         self.setup = self.task.setup(self.task.draw(2022))
+        self.built = None  # what the scene stands for (`Setup.scene`)
         self.subtask, self.standins, self.judge = 0, Standins(), None
+        self.hide_standins = False  # show the background where an object has no picture, as upstream would
         if shader.startswith("rt") and not torch.cuda.is_available():
             raise ValueError(f"shader {shader!r} traces rays, which needs an NVIDIA GPU; use shader='default'")
         if kwargs.get("num_envs", 1) != 1 or kwargs.get("sim_backend", "physx_cpu") != "physx_cpu":
@@ -100,6 +102,7 @@ class SimplerEnv(BaseEnv):
             self.stage = stage.build_static("arena")._objs[0]
             if visual:
                 scenes.finish_looks(self.stage, matte=False)
+        self.pictureless: list[sapien.Entity] = []
         self.cabinet, self.drawers = None, []
         if setup.station:
             self._load_cabinet(setup.station)
@@ -129,10 +132,11 @@ class SimplerEnv(BaseEnv):
     def _load_thing(self, model: str, density: float, pose: sapien.Pose, index=None) -> sapien.Entity:
         builder = self.scene.create_actor_builder()
         scenes.add_collision(builder, model, density)
-        if self.scene.can_render():
-            scenes.add_visual(builder, model, self.standins)
+        seen = not self.scene.can_render() or scenes.add_visual(builder, model, self.standins)
         builder.initial_pose = pose
         entity = builder.build(model if index is None else f"{index}_{model}")._objs[0]
+        if not seen:
+            self.pictureless.append(entity)
         if self.scene.can_render():
             scenes.finish_looks(entity, self.setup.matte)
         return entity
@@ -169,9 +173,11 @@ class SimplerEnv(BaseEnv):
         setup = options.pop("setup", None) or self.task.setup({**self.task.draw(seed), **options}, variant)
         if not self.overlay:
             setup = replace(setup, overlay=None)
-        reconfigure |= setup.scene != self.setup.scene
-        self.setup = setup
-        return super().reset(seed=[seed % 2**32], options={"reconfigure": bool(reconfigure)})
+        reconfigure |= setup.scene != self.built
+        self.setup, self.built = setup, None  # a reset that fails leaves nothing to go on with
+        answer = super().reset(seed=[seed % 2**32], options={"reconfigure": bool(reconfigure)})
+        self.built = setup.scene
+        return answer
 
     def _initialize_episode(self, env_idx, options: dict):
         setup, robot = self.setup, self.agent.body
@@ -230,7 +236,7 @@ class SimplerEnv(BaseEnv):
     def _step_action(self, action):
         if not self.is_final_subtask() and int(self._elapsed_steps[0]) >= FORCED_ADVANCE:
             self.advance_to_next_subtask()
-        action = finite_action(np.reshape(action, -1))
+        action = checked_action(np.reshape(action, -1))
         controller, physics = self.agent.controller, self.scene.px
         controller.set_action(action)
         for _ in range(self._sim_steps_per_control):
@@ -292,6 +298,8 @@ class SimplerEnv(BaseEnv):
         entities = [link.entity for body in bodies for link in body.links] + self.distractors
         painted = [thing.model == "dummy_sink_target_plane" for thing in self.setup.things]
         entities += [thing for thing, hidden in zip(self.things, painted) if not hidden]
+        if self.hide_standins:
+            entities = [entity for entity in entities if entity not in self.pictureless]
         return np.array([entity.per_scene_id for entity in entities])
 
     def _get_obs_agent(self):
@@ -350,7 +358,7 @@ class CanonicalEnv(gym.Wrapper):
         return self._observation(observation), self._info(info)
 
     def step(self, action):
-        upstream = self.sim.agent.to_upstream(finite_action(action))
+        upstream = self.sim.agent.to_upstream(checked_action(action))
         observation, reward, terminated, truncated, info = self.env.step(upstream)
         return self._observation(observation), float(reward), bool(terminated), bool(truncated), self._info(info)
 

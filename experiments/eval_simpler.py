@@ -157,11 +157,12 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
     from envs.expert import make_expert
     from envs.upstream import make_upstream_env
 
-    if cfg.simulator == "upstream":
-        seeing = cfg.policy == "checkpoint" or cfg.video  # pictures need a GPU or a new Mesa there
+    seeing = cfg.policy == "checkpoint" or cfg.video
+    if cfg.simulator == "upstream":  # whose pictures need a GPU or a new Mesa
         env = make_upstream_env(cfg.task, width=cfg.width, height=cfg.height, render=seeing)
     else:
-        env = make_env(cfg.task, width=cfg.width, height=cfg.height, shader=cfg.shader)
+        obs_mode = "rgb" if seeing else "none"
+        env = make_env(cfg.task, width=cfg.width, height=cfg.height, shader=cfg.shader, obs_mode=obs_mode)
     if cfg.policy == "expert":
         if cfg.simulator == "upstream":
             raise ValueError("the expert reads the state of our own scene; use --simulator ours")

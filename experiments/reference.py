@@ -4,8 +4,8 @@
     python experiments/reference.py runs/eval_a runs/eval_b             with results of ours below it
     python experiments/reference.py --json
 
-Published rates are those of SimplerEnv's own metrics file: on the real robot, and in its visual matching. Ours enter the
-table only if they were measured by that protocol; a random-seed evaluation is another experiment and is refused.
+Published rates are those of SimplerEnv's own metrics file: on the real robot, and in its visual matching. Ours are
+shown only if they were measured by that protocol; a random-seed evaluation is another experiment and is refused.
 MMRV near 0 and Pearson near 1 mean that success in simulation orders policies as the real robot does.
 """
 

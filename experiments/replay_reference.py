@@ -242,6 +242,7 @@ def psnr_db(ours: np.ndarray, theirs: np.ndarray) -> float:
 def compare_frames(env: SimplerEnv, recording: Recording) -> dict[int, float]:
     """PSNR (dB) of every recorded frame against ours in the recorded state."""
     reset_to(env, recording)
+    env.hide_standins = True  # upstream shows nothing of an object without a picture
     result = {}
     for path in sorted(recording.folder.glob("frame_*.png")):
         t = int(path.stem.split("_")[1])

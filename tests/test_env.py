@@ -1,4 +1,4 @@
-"""The scene against upstream's numbers: controller, draws, rest positions, subtasks, pictures."""
+"""Episodes of the scene: resets, options, subtasks, actions, pictures."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import sapien
+import torch
+from scipy.spatial.transform import Rotation
 
 from envs import make_env
+from envs.protocol import CAMERAS
 from envs.rollout import rollout
-from envs.tasks import TASKS, get_task, next_episode_seed
+from envs.tasks import Variant, get_task
 
-VECTORS = json.loads((Path(__file__).parent / "simpler_vectors.json").read_text())  # made by upstream
+HERE = Path(__file__).parent
+VECTORS = json.loads((HERE / "simpler_vectors.json").read_text())  # made by upstream, as are the resets
+RESETS = json.loads((HERE / "simpler_resets.json").read_text())["resets"]
 HOLD = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)
 FAR = {"robot_xy": (5.0, 0.0), "robot_yaw": 0.0}  # free space
 
@@ -45,49 +50,7 @@ class Wander:
         return np.append(motion + [0.05, 0, -0.02, 0, 0, 0], self.rng.random() < 0.5).astype(np.float32)
 
 
-# -- draws, without a scene --------------------------------------------------------------------------------------------
-
-
-def test_unseeded_episodes_follow_upstreams_chain():
-    seed, chain = 2022, []
-    for _ in VECTORS["seed_chain"]:
-        chain.append(seed := next_episode_seed(seed))
-    assert chain == VECTORS["seed_chain"]
-
-
-@pytest.mark.parametrize("task", VECTORS["reset_draws"])
-def test_a_seed_draws_upstreams_episode(task):
-    for expected in VECTORS["reset_draws"][task]:
-        drawn = get_task(task).draw(expected["episode_seed"])
-        assert (drawn["pose"], drawn["urdf_version"]) == (expected["overlay"], expected["urdf_version"])
-        if "obj_init_xy" in expected:
-            np.testing.assert_array_equal(drawn["object_xy"], expected["obj_init_xy"])
-
-
-def test_every_task_is_registered_under_both_names():
-    for task in TASKS:
-        for name in (task.short, task.name):
-            assert gym.spec(f"simpler/{name}-v0").max_episode_steps == (200 if task.kind == "place" else 113)
-    with pytest.raises(ValueError, match="unknown task 'open_fridge'; known: open_and_place, open_top_drawer"):
-        make_env("open_fridge")
-
-
 # -- the scene ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.sim
-def test_the_controller_moves_the_joints_as_upstream_does(scene):
-    trajectory, names = VECTORS["controller"]["trajectory"], VECTORS["controller"]["qpos_order"]
-    scene.reset(seed=0, options=FAR)
-    controller = scene.agent.controller
-    order = [controller.names.index(name) for name in names]
-    arm = [i for i, name in enumerate(names) if "finger" not in name]
-    np.testing.assert_allclose(controller.tcp_pose().p, trajectory[0]["tcp_p"], atol=2e-6)
-    for row in trajectory[1:]:
-        scene.step(np.array(row["action"]))
-        qpos = scene.agent.body.qpos[order]
-        np.testing.assert_allclose(qpos[arm], np.array(row["qpos"])[arm], atol=2e-3, err_msg=f"step {row['step']}")
-        np.testing.assert_allclose(controller.tcp_pose().p, row["tcp_p"], atol=1e-3, err_msg=f"step {row['step']}")
 
 
 @pytest.mark.sim
@@ -96,17 +59,17 @@ def test_unseeded_resets_continue_the_chain(scene):
     for expected in VECTORS["reset_draws"]["google_robot_place_apple_in_closed_top_drawer"][:3]:
         scene.reset()
         assert scene.episode_seed == expected["episode_seed"]
-        assert scene.episode["pose"] == expected["overlay"]
+        assert scene.setup.choices["pose"] == expected["overlay"]
         np.testing.assert_allclose(scene.object.pose.p[:2], expected["obj_init_xy"], atol=5e-3)
 
 
 @pytest.mark.sim
-def test_the_apple_comes_to_rest_where_upstreams_does(scene):
+def test_the_apple_stays_where_upstreams_came_to_rest(scene):
     expected = VECTORS["apple_on_cabinet_top"]
     scene.reset(seed=0, options={"object_xy": expected["xy"]})
     assert np.linalg.norm(scene.object.pose.p - expected["settled_p"]) < 1e-4
     np.testing.assert_allclose(scene.object.pose.q, expected["settled_q"], atol=1e-3)
-    for _ in range(3):  # and stays there in the robot's scene
+    for _ in range(3):
         scene.step(np.zeros(7))
     assert np.linalg.norm(scene.object.pose.p - expected["settled_p"]) < 1e-3
 
@@ -143,15 +106,18 @@ def test_reset_options_fix_the_episode(scene):
     np.testing.assert_allclose(pose.p[:2], (0.7, 0.1), atol=1e-6)
     assert np.isclose(2 * np.arctan2(pose.q[3], pose.q[0]), np.pi + 0.05, atol=1e-5)
     np.testing.assert_allclose(scene.object.pose.p[:2], (-0.08, 0.02), atol=5e-3)
-    assert scene.episode["urdf_version"] == ""
+    assert scene.setup.urdf_version == ""
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"posture": "a0"}, r"unknown reset options \['posture'\]; known: pose"),
-        ({"pose": "z9"}, "unknown robot pose 'z9'; known: a0"),
+        ({"posture": "a0"}, r"unknown reset options \['posture'\] for open_and_place; known: pose"),
+        ({"pose": "z9"}, "unknown pose 'z9'; known: 'a0'"),
         ({"urdf_version": "blue"}, "unknown urdf_version 'blue'"),
+        ({"episode_id": 3}, r"unknown reset options \['episode_id'\] for open_and_place"),
+        ({"drawer": "middle"}, "unknown drawer 'middle'; known: 'top'"),
+        ({"object_xy": (0.0, np.inf)}, "object_xy must be 2 finite numbers"),
     ],
 )
 @pytest.mark.sim
@@ -160,28 +126,88 @@ def test_wrong_reset_options_are_refused(scene, options, message):
         scene.reset(seed=0, options=options)
 
 
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        (Variant(lighting="disco"), "unknown lighting 'disco'; known: tabletop"),
+        (Variant(station="mk_station9"), r"mk_station9\.urdf does not exist; .*make setup"),
+    ],
+)
 @pytest.mark.sim
-def test_gripper_openings_survive_the_way_to_upstream_and_back(canonical):
-    from envs.simpler import from_upstream, to_upstream
-
-    observation, _ = canonical.reset(seed=0, options=FAR)
-    assert observation["proprio"][9] > 0.99
-    for opening in (0.0, 0.0, 0.0, 0.0, 0.4, 0.4, 1.0, 1.0, 1.0):
-        action = np.array([0.01, 0, 0, 0, 0.02, 0, opening], np.float32)
-        angle = canonical.sim.agent.controller.finger_angle()
-        np.testing.assert_allclose(from_upstream(to_upstream(action, canonical.sim), angle), action, atol=1e-6)
-        before, observation = observation, canonical.step(action)[0]
-        if opening == 0.0:
-            assert observation["proprio"][9] < before["proprio"][9] - 0.01 or observation["proprio"][9] < 0.2
-    assert observation["proprio"][9] > 0.95
-    assert observation["proprio"].dtype == np.float32 and observation["proprio"].shape == (10,)
+def test_a_variant_of_what_does_not_exist_is_refused_every_time(scene, variant, message):
+    for _ in range(2):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            scene.reset(seed=0, options={"variant": variant})
+    scene.reset(seed=0)
+    scene.step(np.zeros(7))
 
 
-@pytest.mark.parametrize("action", [np.full(7, np.nan), np.array([0, 0, np.inf, 0, 0, 0, 1]), np.zeros(6)])
 @pytest.mark.sim
-def test_actions_that_are_not_seven_numbers_are_refused(canonical, action):
+def test_an_environment_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="unknown task 'pick_coke'; did you mean"):
+        make_env("pick_coke")
+    with pytest.raises(ValueError, match="one environment per process"):
+        make_env("pick_coke_can", num_envs=2)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="shader 'rt' .* needs an NVIDIA GPU; use shader='default'"):
+            make_env("open_drawer", shader="rt")
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("name", ["pick_object", "move_near_v0", "close_drawer", "place_in_closed_drawer",
+                                  "carrot_on_plate", "eggplant_in_basket"])  # fmt: skip
+def test_resets_are_upstreams(name):
+    """One whole scene of every kind; `test_scenes.py` has the rest of the objects, `test_tasks.py` of the draws."""
+    env = make_env(name, obs_mode="none")
+    sim = env.unwrapped
+    reset = next(r for r in RESETS if r["task"] == sim.task.name and r["seed"] == 3)
+    observation, _ = env.reset(seed=3)
+    assert observation["instruction"] == reset["instruction"]
+    assert (sim.setup.urdf_version, sim.setup.drawer) == (reset["urdf_version"], reset["drawer"])
+    assert reset["urdf_version"] in sim.agent.urdf_path
+    for pose, recorded in ((sim.agent.body.root_pose, "robot_base"), (sim.agent.controller.tcp.entity_pose, "tcp")):
+        np.testing.assert_allclose(pose.p, reset[recorded][:3], atol=1e-5)
+        assert degrees_between(pose.q, reset[recorded][3:]) < 0.01
+    assert len(sim.things) == len(reset["objects"])
+    for thing, (model, pose) in zip(sim.things, reset["objects"]):
+        chaotic = model in ("eggplant", "dummy_sink_target_plane")
+        assert np.linalg.norm(thing.pose.p - pose[:3]) < (6e-3 if chaotic else 1.6e-3), model
+        assert degrees_between(thing.pose.q, pose[3:]) < 1.6, model
+    opened = {drawer: float(q) for drawer, q in zip(sim.drawers, sim.cabinet.qpos)} if sim.cabinet else {}
+    closing = name == "close_drawer"
+    assert opened == {d: pytest.approx(0.2 * (closing and d == sim.setup.drawer)) for d in opened}
+    env.close()
+
+
+def degrees_between(q, other) -> float:
+    """Between two orientations (wxyz)."""
+    turn = Rotation.from_quat(q, scalar_first=True).inv() * Rotation.from_quat(other, scalar_first=True)
+    return float(np.degrees(turn.magnitude()))
+
+
+@pytest.mark.sim
+def test_the_head_of_a_variant_is_tilted(scene):
+    tilt = scene.agent.controller.names.index("joint_head_tilt")
+    for variant, angle in ((CAMERAS[0], 0.9351361), (CAMERAS[1], 0.6651361), (Variant(), 0.7851361)):
+        scene.reset(seed=0, options={"variant": variant})
+        assert scene.agent.body.qpos[tilt] == pytest.approx(angle)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (np.full(7, np.nan), r"its dx \(dimension 0\) is nan"),
+        ([0, 0, np.inf, 0, 0, 0, 1], r"its dz \(dimension 2\) is inf"),
+        ([0, 0, 0, 0, 0, 0, np.nan], r"its gripper \(dimension 6\) is nan"),
+        (np.zeros(6), r"got shape \(6,\)"),
+        (np.zeros((7, 1)), r"got shape \(7, 1\)"),
+        ("left", "got 'left'"),
+    ],
+)
+@pytest.mark.sim
+def test_actions_that_are_not_seven_numbers_are_refused(canonical, action, message):
     canonical.reset(seed=0)
-    with pytest.raises(ValueError, match="action must be 7 finite numbers"):
+    with pytest.raises(ValueError, match=f"action must be 7 finite numbers, .*{message}"):
         canonical.step(action)
 
 
@@ -204,18 +230,6 @@ def test_the_instruction_changes_when_the_subtask_is_declared_done(canonical):
     assert observation["instruction"] == "place apple into top drawer"
     observation, _ = canonical.reset(seed=0)
     assert observation["instruction"] == "open top drawer"
-
-
-@pytest.mark.sim
-def test_opening_a_drawer_is_judged_by_upstreams_threshold(scene):
-    scene.reset(seed=0, options=FAR)
-    qpos = np.zeros(len(scene.drawers), np.float32)
-    for opening, opened in ((0.149, False), (0.151, True), (0.1, True)):  # the subgoal stays reached
-        qpos[scene.drawers.index("top")] = opening
-        scene.cabinet.set_qpos(qpos)
-        result = scene.evaluate()
-        assert result["subgoals"]["drawer_opened"] == opened
-        assert not result["success"].item()  # the apple is still on top
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -118,8 +118,10 @@ def test_the_sixty_episodes_of_move_near():
     assert [thing.xy for thing in setups[37].things] == [(-0.33, 0.04), (-0.33, 0.34), (-0.13, 0.19)]
     assert [thing.xy for thing in setups[42].things] == [(-0.13, 0.04), (-0.33, 0.19), (-0.13, 0.34)]
     assert setups[42].instructions == ("move sponge near blue plastic bottle",)
-    models = {name: {t.model for n in range(60) for t in get_task(name).setup({"episode_id": n, "urdf_version": ""}).things}
-              for name in ("move_near_v0", "move_near_v1")}  # fmt: skip
+    models = {}
+    for name in ("move_near_v0", "move_near_v1"):
+        starts = [get_task(name).setup({"episode_id": n, "urdf_version": ""}) for n in range(60)]
+        models[name] = {thing.model for setup in starts for thing in setup.things}
     assert "baked_sponge" in models["move_near_v0"] and "baked_sponge_v2" in models["move_near_v1"]
     assert all({"orange", "blue_plastic_bottle"} <= names for names in models.values())
 
