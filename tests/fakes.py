@@ -1,5 +1,7 @@
 """A world without SAPIEN: a point on a line that must reach 0.3 m, wait for the second instruction, reach 0.6 m."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 LIMIT, FORCED = 40, 25  # control steps
@@ -32,6 +34,8 @@ class InlineWorkers:
 
 class LineEnv:
     """Moves by at most 0.1 m per step. Seeds divisible by 7 never succeed (nor do their subgoals)."""
+
+    task, control_freq = SimpleNamespace(robot="line"), 3  # Hz
 
     def __init__(self, limit=LIMIT, width=32, height=16):
         self.limit, self.size = limit, (height, width)

@@ -149,7 +149,7 @@ def test_an_environment_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="one environment per process"):
         make_env("pick_coke_can", num_envs=2)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="shader 'rt' .* needs an NVIDIA GPU; use shader='default'"):
+        with pytest.raises(ValueError, match=r"shader 'rt' .* needs an NVIDIA GPU; use shader='default'"):
             make_env("open_drawer", shader="rt")
 
 

@@ -117,7 +117,7 @@ def test_waits_for_the_second_instruction_and_opens_first_if_it_comes_early(scen
     while scene.unwrapped.drawer_qpos() < 0.2:
         scene.step(expert.act()[0])
         assert int(scene.unwrapped._elapsed_steps[0]) < 80
-    assert closed == [0] and not scene.unwrapped.grasped
+    assert closed == [0] and not scene.unwrapped.judge.grasped
 
     scene.unwrapped.subtask = 0  # told to open what is open: go home and hold still with open fingers
     for _ in range(35):

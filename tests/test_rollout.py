@@ -131,31 +131,44 @@ def test_holding_still_is_an_action_that_does_nothing():
 
 
 def test_equal_measurements_have_equal_hashes():
-    protocol = make_protocol("open_and_place", 10000, 50)
-    assert protocol == make_protocol("google_robot_place_apple_in_closed_top_drawer", 10000, 50)
+    protocol = make_protocol("open_and_place", "random", 10000, 50)
+    assert protocol == make_protocol("google_robot_place_apple_in_closed_top_drawer", "random", 10000, 50)
     assert protocol_hash(protocol) == protocol_hash(dict(reversed(protocol.items())))
     assert len(protocol_hash(protocol)) == 12
 
 
 @pytest.mark.parametrize(
     "other",
-    [("open_and_place", 10000, 51), ("open_and_place", 0, 50), ("open_top_drawer", 10000, 50),
-     ("open_and_place", 10000, 50, 320, 256)],
-)  # fmt: skip
+    [
+        dict(count=51),
+        dict(first_seed=0),
+        dict(task="open_top_drawer"),
+        dict(width=320, height=256),
+        dict(shader="rt"),
+        dict(simulator="upstream"),
+        dict(protocol="visual_matching"),
+        dict(protocol="variant_aggregation"),
+    ],
+)
 def test_other_measurements_have_other_hashes(other):
-    assert protocol_hash(make_protocol(*other)) != protocol_hash(make_protocol("open_and_place", 10000, 50))
+    usual = dict(task="open_and_place", protocol="random", first_seed=10000, count=50)
+    assert protocol_hash(make_protocol(**usual | other)) != protocol_hash(make_protocol(**usual))
 
 
-def test_an_unknown_task_is_refused_with_the_list():
-    with pytest.raises(ValueError, match="open_and_place, open_top_drawer"):
-        make_protocol("open_fridge", 0, 1)
+def test_an_unknown_task_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown task 'open_fridge'; did you mean"):
+        make_protocol("open_fridge", "random", 0, 1)
 
 
 def test_the_protocol_states_what_the_scene_does():
-    from envs import google_robot
-    from envs.simpler import CLOSED_QPOS, FORCED_ADVANCE, OPEN_QPOS, PLACED_QPOS
+    from envs import google_robot, simpler, success, widowx
 
-    for name in ("CONTROL_FREQ", "SIM_FREQ"):
-        assert getattr(protocols, name) == getattr(google_robot, name)
-    ours = (protocols.FORCED_ADVANCE, protocols.OPEN_QPOS, protocols.CLOSED_QPOS, protocols.PLACED_QPOS)
-    assert ours == (FORCED_ADVANCE, OPEN_QPOS, CLOSED_QPOS, PLACED_QPOS)
+    for name, module, robot in (
+        ("google_robot", google_robot, google_robot.GoogleRobot),
+        ("widowx", widowx, widowx.WidowX),
+    ):
+        assert protocols.RATES[name] == (module.CONTROL_FREQ, module.SIM_FREQ) == (robot.control_freq, robot.sim_freq)
+        assert protocols.PICTURE_SIZES[name] == robot.picture_size
+    assert protocols.FORCED_ADVANCE == simpler.FORCED_ADVANCE
+    ours = (protocols.OPEN_QPOS, protocols.CLOSED_QPOS, protocols.PLACED_QPOS)
+    assert ours == (success.OPEN_QPOS, success.CLOSED_QPOS, success.PLACED_QPOS)
