@@ -57,7 +57,7 @@ STAGE_POSES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A box in place of a stage's table: the height of its top is exact, its outline is read off the real pictures."""
+    """A box in place of a stage's table; the height of its top is exact (spec 2.1)."""
 
     top: float  # m
     low: tuple[float, float]  # m, x and y
@@ -65,8 +65,13 @@ class Table:
     color: tuple[float, float, float] = (0.43, 0.36, 0.3)
 
 
-GOOGLE_TABLE = Table(0.887532, (-0.75, -1.0), (0.25, 1.0))
-WIDOWX_TABLE = Table(0.869532, (-0.70, -0.60), (0.10, 0.60), (0.42, 0.2, 0.12))
+# Outlines: the Google robot's is read off the real pictures, out to where upstream drops distractors (x = 0.05). The
+# reference recordings had a wider box, whose edge at x = 0.25 stops the robot's shoulder in two of three reaches.
+TABLES = {
+    "google": Table(0.887532, (-0.72, -0.15), (0.06, 0.55)),
+    "bridge": Table(0.869532, (-0.70, -0.60), (0.10, 0.60), (0.42, 0.2, 0.12)),
+}
+RECORDED_TABLES = TABLES | {"google": Table(0.887532, (-0.75, -1.0), (0.25, 1.0))}
 
 
 class Standins(list):
@@ -116,7 +121,8 @@ def stands_on_table(setup: Setup) -> bool:
 
 
 def table_of(setup: Setup) -> Table:
-    return WIDOWX_TABLE if "bridge" in setup.stage else GOOGLE_TABLE
+    tables = RECORDED_TABLES if setup.recorded_table else TABLES
+    return tables["bridge" if "bridge" in setup.stage else "google"]
 
 
 def add_stage(builder, setup: Setup, standins: Standins, visual: bool) -> bool:

@@ -125,6 +125,7 @@ class Setup:
     shiny_robot: bool = True  # upstream overrides the robot's materials, but not in the drawers' visual matching
     head_tilt: float | None = None  # rad
     episode_id: int | None = None
+    recorded_table: bool = False  # an absent stage's stand-in is the recordings' box (`scenes.RECORDED_TABLES`)
     choices: dict = field(default_factory=dict, compare=False)  # what was drawn or asked for
 
     @property
@@ -132,6 +133,7 @@ class Setup:
         """What another scene must be built for; the rest can be moved into place."""
         models = tuple((thing.model, thing.density) for thing in self.things + self.distractors)
         looks = self.urdf_version, self.stage, self.lighting, self.station, self.matte, self.shiny_robot
+        looks += (self.recorded_table,)
         return *looks, self.model_db, models
 
 

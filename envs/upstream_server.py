@@ -27,7 +27,7 @@ CAMERAS = {"google": ("overhead_camera", "overhead"), "widowx": ("3rd_view_camer
 FINGER_RANGE = 1.31  # rad, google: gripper action +-1 is a step of this much
 # Boxes from the floor up where a stage's mesh is absent: top, world z; x and y range; upstream's scene offset (m).
 STAGES = {
-    "google_": (0.887532, (-0.75, 0.25), (-1.0, 1.0), (-1.6616, -3.0337)),
+    "google_": (0.887532, (-0.72, 0.06), (-0.15, 0.55), (-1.6616, -3.0337)),
     "bridge_": (0.869532, (-0.70, 0.10), (-0.60, 0.60), (-2.0634, -2.8313)),
 }
 

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +123,7 @@ def recorded_setup(recording: Recording) -> Setup:
         choices["model"] = models[0]
     if task.episodes:
         choices["episode_id"] = min(range(task.episodes), key=lambda n: mismatch(task, choices, n, models, recording))
-    return task.setup(choices)
+    return replace(task.setup(choices), recorded_table=bool(recording.meta.get("standin_table")))
 
 
 def mismatch(task: Task, choices: dict, number: int, models: list[str], recording: Recording) -> float:
