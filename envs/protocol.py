@@ -20,6 +20,17 @@ RATES = {"google_robot": (3, 513), "widowx": (5, 500)}  # Hz, control and simula
 PICTURE_SIZES = {"google_robot": (640, 512), "widowx": (640, 480)}
 FORCED_ADVANCE = 100
 OPEN_QPOS, CLOSED_QPOS, PLACED_QPOS = 0.15, 0.05, 0.05
+# Scene settings that success should not hinge on; "default" is the closest to the recordings (`envs/simpler.py`).
+PHYSICS = {
+    "default": {},
+    "pgs": {"enable_tgs": False},
+    "tgs": {"enable_tgs": True},
+    "iterations_50": {"solver_position_iterations": 50},
+    "velocity_1": {"solver_velocity_iterations": 1},
+    "velocity_4": {"solver_velocity_iterations": 4},
+    "pcm": {"enable_pcm": True},
+    "contact_5mm": {"contact_offset": 0.005},
+}
 SUCCESS = {
     "pick": "object off everything but the robot, more than 0.01 m up; or more than 0.02 m in 5 steps in all",
     "near": "right object moved, within 0.1 m of the target beyond both halves, closest to it, nothing knocked over",
@@ -175,8 +186,12 @@ def make_protocol(
     height: int | None = None,
     shader: str = "default",
     simulator: str = "ours",
+    physics: str = "default",
 ) -> dict:
-    """Everything about a measurement that does not belong to the policy. ValueError for an unknown task or protocol."""
+    """Everything about a measurement that does not belong to the policy. ValueError for an unknown task, protocol or
+    physics."""
+    if physics not in PHYSICS:
+        raise ValueError(f"unknown physics {physics!r}; known: {', '.join(PHYSICS)}")
     task, episodes = get_task(task), protocol_episodes(task, protocol, first_seed, count)
     control, simulation = RATES[task.robot]
     full = PICTURE_SIZES[task.robot]
@@ -195,6 +210,7 @@ def make_protocol(
         "step_limit": task.max_steps,
         "control_hz": control,
         "simulation_hz": simulation,
+        "physics": physics,
         "success": success_text(task),
         "success_rule": RULE,
         "second_subtask": f"forced at step {FORCED_ADVANCE}; learned policies never end a subtask"

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from envs.protocol import average, make_protocol, protocol_episodes, protocol_hash
+from envs.protocol import PHYSICS, average, make_protocol, protocol_episodes, protocol_hash
 from envs.rollout import Demonstrator, Episode, HoldStill, rollout
 from envs.tasks import get_task
 from envs.workers import Workers, progress, write_json
@@ -55,11 +55,13 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         raise ValueError(f"unknown simulator {cfg.simulator!r}; known: {', '.join(SIMULATORS)}")
     identity = identify(cfg)
     subject = Path(identity["checkpoint"]).name if identity["checkpoint"] else cfg.policy
-    parts = [cfg.protocol] * (cfg.protocol != "random") + [cfg.simulator] * (cfg.simulator != "ours")
+    usual = {"protocol": "random", "simulator": "ours", "physics": "default"}
+    parts = [getattr(cfg, name) for name, value in usual.items() if getattr(cfg, name) != value]
     folder = Path("runs") / (cfg.name or "_".join(["eval", subject, task.short, *parts]))
     protocol = make_protocol(
-        cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes, cfg.width, cfg.height, cfg.shader, cfg.simulator
-    )
+        cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes,
+        cfg.width, cfg.height, cfg.shader, cfg.simulator, cfg.physics,
+    )  # fmt: skip
     starts = protocol_episodes(cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes)
     seeds = [start.number for start in starts]
     if not cfg.resume:
@@ -162,7 +164,8 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
         env = make_upstream_env(cfg.task, width=cfg.width, height=cfg.height, render=seeing)
     else:
         obs_mode = "rgb" if seeing else "none"
-        env = make_env(cfg.task, width=cfg.width, height=cfg.height, shader=cfg.shader, obs_mode=obs_mode)
+        picture = dict(width=cfg.width, height=cfg.height, shader=cfg.shader, obs_mode=obs_mode)
+        env = make_env(cfg.task, **picture, physics=PHYSICS[cfg.physics])
     if cfg.policy == "expert":
         if cfg.simulator == "upstream":
             raise ValueError("the expert reads the state of our own scene; use --simulator ours")

@@ -117,6 +117,7 @@ class EvalConfig:
     first_seed: int = key(10000, "random: seeds from here on; demonstrations use small ones")
     simulator: str = key("ours", "ours, or upstream: the original SIMPLER, where it is installed")
     shader: str = key("default", "default (rasteriser) or rt (ray tracing, as upstream's drawers; needs a GPU)")
+    physics: str = key("default", "default, pgs, tgs, iterations_50, velocity_1, velocity_4, pcm or contact_5mm")
     workers: int = key(2, "scenes in parallel, one process each")
     name: str | None = key(None, "run folder runs/<name>; default from policy and task")
     execute: int = key(2, "actions carried out before predicting again")
