@@ -15,6 +15,8 @@ import numpy as np
 import sapien
 from scipy.spatial.transform import Rotation
 
+from envs.scenes import body_of, rotation_matrix
+
 MAX_STEP, MAX_TURN = 0.12, 0.35  # m, rad per control step at speed 1
 GAIN = 1.3  # the arm covers 0.3 to 0.4 of a commanded step within the step
 PANEL_TOP = {"top": 0.755, "middle": 0.51, "bottom": 0.265}  # z of the front panel's top edge
@@ -23,6 +25,8 @@ GAP = np.array([0.01, 0.0525])  # x, z from the panel's top back edge: middle of
 STANDOFF = 0.12  # m along the fingers before that middle: where the way in begins
 INSIDE_X = 0.02  # the inside of an open drawer begins here, behind is the cabinet
 COUNTER_Z, COUNTER_X = 0.882, 0.02  # the cabinet's top and its front edge
+YAWS = -0.18 + np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)  # of the opening direction: what the wrist can do
+OPENING_YAW, NARROW_ENOUGH = -0.64, 1.25  # rad, of the opening direction on the cabinet; see `narrow_side`
 PANEL_HALF_WIDTH = 0.3
 HOOK_HALF_WIDTH = 0.17  # |y| where the hand clears the drawer's sides with margin
 OPEN_ENOUGH, CLOSED_ENOUGH = 0.17, 0.02  # m; success asks for 0.15 and 0.05
@@ -69,7 +73,8 @@ class State(NamedTuple):
     opening: float  # 1 = open
     drawer: float  # m
     base: sapien.Pose
-    object: np.ndarray | None  # (3,) centre of the apple
+    object: np.ndarray | None  # (3,) its centre
+    corners: np.ndarray | None  # (N, 3) of its collision shapes
     held: bool  # both fingers press on the object
 
 
@@ -168,9 +173,34 @@ def go_home(s: State, edge: float, home: sapien.Pose) -> Waypoint:
 # -- placing ---------------------------------------------------------------------------------------------------------
 
 
-def grasp_hand(style: Style) -> Rotation:
+def grasp_hand(s: State, style: Style) -> Rotation:
+    """Opening across a narrow side of the object, as nearly as it can be the way that the arm likes."""
     tilt = style.grasp_tilt
-    return hand([-np.sin(tilt), 0, -np.cos(tilt)], [0.8, -0.6, 0])
+    direction, _ = narrow_side(s.corners, OPENING_YAW, NARROW_ENOUGH)
+    return hand([-np.sin(tilt), 0, -np.cos(tilt)], direction)
+
+
+def narrow_side(corners: np.ndarray, wanted: float, allowed: float) -> tuple[np.ndarray, float]:
+    """How the hand should open around corners (N, 3): direction (3,), horizontal, and the middle along it (m).
+
+    Of the directions across which they are at most `allowed` times as wide as across their narrowest, the nearest to
+    the yaw `wanted` (rad).
+    """
+    directions = np.stack([np.cos(YAWS), np.sin(YAWS)])  # (2, K)
+    shadow = corners[:, :2] @ directions  # (N, K)
+    widths = np.ptp(shadow, axis=0)
+    turn = np.where(widths <= allowed * widths.min(), np.abs(np.sin(YAWS - wanted)), np.inf)
+    k = turn.argmin()
+    return np.array([*directions[:, k], 0]), float(shadow[:, k].min() + shadow[:, k].max()) / 2
+
+
+def model_corners(entity: sapien.Entity) -> np.ndarray:
+    """(N, 3) corners of the collision shapes in the object's own frame."""
+    corners = []
+    for shape in body_of(entity).collision_shapes:
+        pose = shape.local_pose
+        corners.append(np.asarray(shape.vertices) * np.asarray(shape.scale) @ rotation_matrix(pose.q).T + pose.p)
+    return np.concatenate(corners).astype(np.float64)
 
 
 def in_drawer(s: State, edge: float) -> bool:
@@ -179,7 +209,7 @@ def in_drawer(s: State, edge: float) -> bool:
 
 def place(s: State, edge: float, home: sapien.Pose, style: Style) -> Waypoint:
     """From the open drawer on: grasp the object on the counter, carry it over the drawer, let go."""
-    rotation = grasp_hand(style)
+    rotation = grasp_hand(s, style)
     apple = s.object
     reach = apple - s.p
     near = np.linalg.norm(reach) < 0.06
@@ -219,21 +249,6 @@ def clip(vector: np.ndarray, length: float) -> np.ndarray:
     return vector * min(1.0, length / max(np.linalg.norm(vector), 1e-9))
 
 
-def read_state(sim) -> State:
-    base = sim.agent.body.root_pose
-    tcp = base * sim.agent.controller.tcp_pose()
-    held = sim.object is not None and sim.agent.is_grasping(sim.contacts(), sim.object)
-    return State(
-        p=np.asarray(tcp.p, dtype=np.float64),
-        rotation=Rotation.from_quat(tcp.q, scalar_first=True),
-        opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
-        drawer=sim.drawer_qpos(),
-        base=base,
-        object=None if sim.object is None else np.asarray(sim.object.pose.p, dtype=np.float64),
-        held=held,
-    )
-
-
 def home_pose(sim) -> sapien.Pose:
     """The tool centre point of the start pose in the base frame."""
     return sim.agent.controller.forward_kinematics(sim.agent.init_qpos())
@@ -250,6 +265,7 @@ class Expert:
         self.sim = env.unwrapped
         self.rng, self.variation = rng or np.random.default_rng(), variation
         self.style, self.home = Style(), home_pose(self.sim)
+        self.models: dict[sapien.Entity, np.ndarray] = {}  # their corners
 
     def reset(self):
         """Draw the constants of the next episode."""
@@ -259,11 +275,32 @@ class Expert:
         """The action for the state now, canonical float32 (7,), and whether the first of two subtasks is finished:
         the drawer is open and the arm back at its start pose, so that the caller may ask for the second one.
         """
-        s = read_state(self.sim)
+        s = self._read_state()
         home = s.base * self.home
         arrived = np.linalg.norm(home.p - s.p) < 0.08
         done_subtask = bool(self.sim.task.kind == "place" and s.drawer > OPEN_ENOUGH and arrived)
         return self._towards(s, self._waypoint(s, home)), done_subtask
+
+    def _read_state(self) -> State:
+        sim, thing = self.sim, self.sim.object
+        base = sim.agent.body.root_pose
+        tcp = base * sim.agent.controller.tcp_pose()
+        return State(
+            p=np.asarray(tcp.p, dtype=np.float64),
+            rotation=Rotation.from_quat(tcp.q, scalar_first=True),
+            opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
+            drawer=sim.drawer_qpos() if sim.cabinet else 0.0,
+            base=base,
+            object=None if thing is None else np.asarray(thing.pose.p, dtype=np.float64),
+            corners=None if thing is None else self._corners(thing),
+            held=thing is not None and sim.agent.is_grasping(sim.contacts(), thing),
+        )
+
+    def _corners(self, entity: sapien.Entity) -> np.ndarray:
+        """(N, 3) of its collision shapes, where they are now."""
+        if entity not in self.models:
+            self.models[entity] = model_corners(entity)
+        return self.models[entity] @ rotation_matrix(entity.pose.q).T + entity.pose.p
 
     def _waypoint(self, s: State, home: sapien.Pose) -> Waypoint:
         task, style = self.sim.task, self.style

@@ -12,11 +12,10 @@ import numpy as np
 import sapien
 from scipy.spatial.transform import Rotation
 
-from envs.expert import Expert, State, Waypoint, angle, hand, mix, ramp
-from envs.scenes import body_of, com_position, rotation_matrix, table_of
+from envs.expert import Expert, State, Waypoint, angle, hand, mix, narrow_side, ramp
+from envs.scenes import com_position, rotation_matrix, table_of
 
 FREE_WIDTH = 1.04  # an object may be grasped across any width up to this times its narrowest
-YAWS = -0.18 + np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)  # of the opening direction: what the wrist can do
 FINGERS_SHUT = 0.19  # opening below which nothing is between the fingers (closed: 0.174)
 FINGERS_OPEN = 0.95  # opening from which they are not closing around something
 FINGERTIPS = 0.035  # m, open fingertips end this far behind the tool centre point; closed ones reach it
@@ -75,15 +74,6 @@ class Grasp(NamedTuple):
     rotation: Rotation
 
 
-def model_corners(entity: sapien.Entity) -> np.ndarray:
-    """(N, 3) corners of the collision shapes in the object's own frame."""
-    corners = []
-    for shape in body_of(entity).collision_shapes:
-        pose = shape.local_pose
-        corners.append(np.asarray(shape.vertices) * np.asarray(shape.scale) @ rotation_matrix(pose.q).T + pose.p)
-    return np.concatenate(corners).astype(np.float64)
-
-
 # -- grasping --------------------------------------------------------------------------------------------------------
 
 
@@ -107,15 +97,9 @@ def plan_grasp(s: State, body: Body, table: float, first_yaw: float, style: Tabl
     """Across the narrowest width; where several are as narrow (round things, cubes), the nearest to `first_yaw`, or to
     the hand's own once it closes.
     """
-    directions = np.stack([np.cos(YAWS), np.sin(YAWS)])  # (2, K)
-    shadow = body.corners[:, :2] @ directions  # (N, K)
-    widths = np.ptp(shadow, axis=0)
     wanted = first_yaw if s.opening > FINGERS_OPEN else opening_yaw(s)
-    turn = np.where(widths <= FREE_WIDTH * widths.min(), np.abs(np.sin(YAWS - wanted)), np.inf)
-    k = turn.argmin()
-    opening = np.array([*directions[:, k], 0])
+    opening, middle = narrow_side(body.corners, wanted, FREE_WIDTH)
     along = np.array([-opening[1], opening[0], 0])
-    middle = (shadow[:, k].min() + shadow[:, k].max()) / 2
     p = opening * middle + along * (along @ body.center + style.grasp_side)
     p[2] = body.top - style.depth
     askew = abs(hand_at(p, s.base, opening, style).as_matrix()[2, 1])  # one finger is lower than the other
@@ -213,7 +197,7 @@ class TabletopExpert(Expert):
 
     def __init__(self, env, rng: np.random.Generator | None = None, variation: float = 1.0):
         super().__init__(env, rng, variation)
-        self.style, self.corners = TableStyle(), {}
+        self.style = TableStyle()
 
     def reset(self):
         self.style = draw_table_style(self.rng, self.variation)
@@ -221,20 +205,6 @@ class TabletopExpert(Expert):
     def act(self) -> tuple[np.ndarray, bool]:
         s = self._read_state()
         return self._towards(s, self._waypoint(s, s.base * self.home)), False
-
-    def _read_state(self) -> State:
-        sim = self.sim
-        base = sim.agent.body.root_pose
-        tcp = base * sim.agent.controller.tcp_pose()
-        return State(
-            p=np.asarray(tcp.p, dtype=np.float64),
-            rotation=Rotation.from_quat(tcp.q, scalar_first=True),
-            opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
-            drawer=0.0,
-            base=base,
-            object=np.asarray(sim.object.pose.p, dtype=np.float64),
-            held=sim.agent.is_grasping(sim.contacts(), sim.object),
-        )
 
     def _waypoint(self, s: State, home: sapien.Pose) -> Waypoint:
         setup = self.sim.setup
@@ -247,7 +217,4 @@ class TabletopExpert(Expert):
         return move_near(s, source, bodies[setup.target], others, table, self.style)
 
     def _body(self, entity: sapien.Entity) -> Body:
-        if entity not in self.corners:
-            self.corners[entity] = model_corners(entity)
-        pose = entity.pose
-        return Body(self.corners[entity] @ rotation_matrix(pose.q).T + pose.p, com_position(entity).astype(np.float64))
+        return Body(self._corners(entity), com_position(entity).astype(np.float64))

@@ -66,7 +66,7 @@ class Pick:
         steps = self.held(grasped)
         self.lifted &= grasped
         free = not touches_other(contacts, thing, sim.robot_entities)
-        height = com_position(thing)[2] - self.start  # centre of mass now, origin then: upstream's mix
+        height = thing.pose.p[2] - self.start
         self.lifted |= free and height > LIFTED
         high = self.lifted and height > LIFTED_HIGH
         stats["n_lift_significant"] += int(high)

@@ -76,3 +76,23 @@ def test_psnr():
     assert psnr(np.zeros_like(a), np.full_like(a, 255)) == 0  # no wrap-around of uint8
     with pytest.raises(ValueError, match="uint8"):
         psnr(a.astype(float), a.astype(float))
+
+
+# -- how a simulator ranks policies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("real", "simulated", "expected"),
+    [
+        ((0.1, 0.4, 0.9), (0.0, 0.2, 0.3), 0.0),  # the same order
+        ((0.1, 0.4, 0.9), (0.3, 0.2, 0.0), (0.8 + 0.5 + 0.8) / 3),  # reversed
+        ((0.1, 0.4, 0.9), (0.2, 0.1, 0.3), (0.3 + 0.3) / 3),  # the first two swapped: their real gap, for both
+        ((0.1, 0.4, 0.9), (0.2, 0.2, 0.3), (0.0 + 0.3) / 3),  # a tie in simulation hides one of the two directions
+        ((0.4, 0.4, 0.9), (0.1, 0.2, 0.3), 0.0),  # a tie in reality is no gap
+        ((0.5, 0.5), (0.0, 1.0), 0.0),
+    ],
+)
+def test_rank_violation_by_hand(real, simulated, expected):
+    if simulated == (0.2, 0.2, 0.3):  # 0.1 < 0.4 is not seen, 0.4 < 0.1 is rightly not seen: once, from one side
+        expected = 0.3 / 3
+    assert mean_maximum_rank_violation(real, simulated) == pytest.approx(expected)
