@@ -41,7 +41,7 @@ class Style:
     speed: float = 1.0  # of MAX_STEP and MAX_TURN
     hook_side: float = 0.08  # y of the hook from the robot's base
     hook_pitch: float = 0.6  # of the hand below horizontal
-    hook_depth: float = 0.02  # of the tool centre point below the panel's edge
+    hook_depth: float = 0.023  # of the tool centre point below the panel's edge
     reach_in: float = 0.085  # along the fingers, from the middle of the gap above the panel
     gap_offset: float = 0.0045  # of the tool centre point across the way in: the fingers are thicker below it
     pull_to: float = 0.235  # drawer opening
@@ -54,7 +54,7 @@ class Style:
 
 # Half ranges of the uniform draws around the defaults; speed is drawn from 0.7 to 1.1.
 SPREAD = dict(
-    hook_side=0.04, hook_pitch=0.05, hook_depth=0.005, reach_in=0.008, gap_offset=0.003, pull_to=0.01,
+    hook_side=0.04, hook_pitch=0.05, hook_depth=0.004, reach_in=0.008, gap_offset=0.003, pull_to=0.01,
     grasp_tilt=0.06, grasp_side=0.004, hover=0.015, carry_height=0.012, release_height=0.012,
 )  # fmt: skip
 

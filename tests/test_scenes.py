@@ -362,44 +362,6 @@ def test_the_sentences_of_a_scene_are_not_repeated(scenes):
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_object_without_a_picture_can_be_hidden(scenes, tree):
-    """As upstream would: there the real background shows through."""
-    tree.forget_picture("eggplant")
-    env = build("eggplant_in_basket", obs_mode="rgb")
-    env.reset(seed=0)
-    assert env.pictureless == [env.object] and len(env.standins) == 2
-    assert "no picture of eggplant (data/custom/models/eggplant/textured.*)" in env.standins[-1]
-    color, ids = env.render_raw()
-    shown, mask = env.composite(color, ids)
-    there = ids == env.object.per_scene_id
-    assert there.sum() > 20 and mask[there].all()
-    env.hide_standins = True
-    hidden, mask = env.composite(color, ids)
-    assert not mask[there].any()
-    background = np.clip(env.background * 255, 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(hidden[there], background[there])
-    np.testing.assert_array_equal(hidden[~there], shown[~there])
-    assert (shown[there] != hidden[there]).any(axis=-1).mean() > 0.9
-    env.close()
-
-
-def test_an_object_with_a_picture_is_shown(scenes, tree):
-    trimesh = pytest.importorskip("trimesh")
-    folder = tree.forget_picture("eggplant")
-    ball = trimesh.creation.icosphere(radius=0.05)
-    material = trimesh.visual.material.PBRMaterial(baseColorFactor=[0, 255, 0, 255], metallicFactor=0.0)
-    ball.visual = trimesh.visual.TextureVisuals(material=material)
-    ball.export(folder / "textured.glb")
-    env = build("eggplant_in_basket", obs_mode="rgb")
-    env.reset(seed=0)
-    env.hide_standins = True
-    assert env.pictureless == [] and not any("eggplant" in text for text in env.standins)
-    color, ids = env.render_raw()
-    red, green, blue = color[ids == env.object.per_scene_id].mean(0)
-    assert green > 2 * max(red, blue)
-    env.close()
-
-
 def parts(entity):
     import sapien
 
@@ -409,7 +371,10 @@ def parts(entity):
 
 @pytest.fixture(scope="module")
 def apples():
-    """Scenes with the apple of both baked data bases: v0 as upstream loads it, v1 matte."""
+    """Scenes with the apple of both baked data bases: v0 as upstream loads it, v1 matte.
+
+    They stay open: SAPIEN compiles its shaders again, for seconds, when the last scene that renders is closed.
+    """
     from envs.tasks import PAIRS, TRIPLETS
 
     assert "apple" in TRIPLETS[1] and PAIRS[0] == (0, 1)
@@ -472,3 +437,41 @@ def test_backgrounds_are_resized_without_smoothing(scenes, tmp_path):
     stripes = np.uint8(np.arange(8) % 2 * 255)[None, :, None].repeat(3, 2)
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
     np.testing.assert_allclose(scenes.read_overlay(str(tmp_path / "stripes.png"), 2, 1)[0, :, 0], [0.5, 0.5], atol=1e-6)
+
+
+def test_an_object_without_a_picture_can_be_hidden(scenes, apples, tree):
+    """As upstream would: there the real background shows through."""
+    tree.forget_picture("eggplant")
+    env = build("eggplant_in_basket", obs_mode="rgb")
+    env.reset(seed=0)
+    assert env.pictureless == [env.object] and len(env.standins) == 2
+    assert "no picture of eggplant (data/custom/models/eggplant/textured.*)" in env.standins[-1]
+    color, ids = env.render_raw()
+    shown, mask = env.composite(color, ids)
+    there = ids == env.object.per_scene_id
+    assert there.sum() > 20 and mask[there].all()
+    env.hide_standins = True
+    hidden, mask = env.composite(color, ids)
+    assert not mask[there].any()
+    background = np.clip(env.background * 255, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(hidden[there], background[there])
+    np.testing.assert_array_equal(hidden[~there], shown[~there])
+    assert (shown[there] != hidden[there]).any(axis=-1).mean() > 0.9
+    env.close()
+
+
+def test_an_object_with_a_picture_is_shown(scenes, apples, tree):
+    trimesh = pytest.importorskip("trimesh")
+    folder = tree.forget_picture("eggplant")
+    ball = trimesh.creation.icosphere(radius=0.05)
+    material = trimesh.visual.material.PBRMaterial(baseColorFactor=[0, 255, 0, 255], metallicFactor=0.0)
+    ball.visual = trimesh.visual.TextureVisuals(material=material)
+    ball.export(folder / "textured.glb")
+    env = build("eggplant_in_basket", obs_mode="rgb")
+    env.reset(seed=0)
+    env.hide_standins = True
+    assert env.pictureless == [] and not any("eggplant" in text for text in env.standins)
+    color, ids = env.render_raw()
+    red, green, blue = color[ids == env.object.per_scene_id].mean(0)
+    assert green > 2 * max(red, blue)
+    env.close()
