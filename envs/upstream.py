@@ -18,6 +18,7 @@ import msgpack
 import numpy as np
 
 from envs.assets import user_cache
+from envs.protocol import PICTURE_SIZES
 from envs.tasks import Task, get_task
 from selfflow_robot.interfaces import ACTION_DIM, PROPRIO_DIM, Observation
 
@@ -53,8 +54,8 @@ def upstream_python(python: str | Path | None = None) -> Path:
 
 def make_upstream_env(
     task: str = "open_and_place",
-    width: int = 160,
-    height: int = 128,
+    width: int | None = None,
+    height: int | None = None,
     python: str | Path | None = None,
     render: bool = True,
     shader: str | None = None,
@@ -63,12 +64,14 @@ def make_upstream_env(
 ) -> "UpstreamEnv":
     """Start upstream with one scene (upstream or short name) and connect to it.
 
-    width, height: of the picture, shrunk from upstream's own. render: False runs physics alone and `images` stays
-    empty; SAPIEN 2.2.2 draws only with a GPU or Mesa 26. shader: "ibl" rasterises the drawer tasks too, which otherwise
-    trace rays and need a GPU that can. port: connect to a server already listening on 127.0.0.1
-    (`python envs/upstream_server.py --port 5560`) instead of starting one. timeout: s, the longest wait for an answer.
+    width, height: of the picture, shrunk from upstream's own; a quarter of it by default. render: False runs physics
+    alone and `images` stays empty; SAPIEN 2.2.2 draws only with a GPU or Mesa 26. shader: "ibl" rasterises the drawer
+    tasks too, which otherwise trace rays and need a GPU that can. port: connect to a server already listening on
+    127.0.0.1 (`python envs/upstream_server.py --port 5560`) instead of starting one. timeout: s, the longest wait for
+    an answer.
     """
-    get_task(task)  # an unknown name fails before anything is started
+    full = PICTURE_SIZES[get_task(task).robot]  # an unknown name fails before anything is started
+    width, height = width or full[0] // 4, height or full[1] // 4
     if port is not None:
         server = None
         connection = socket.create_connection(("127.0.0.1", port), timeout)
