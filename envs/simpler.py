@@ -5,6 +5,7 @@ and is what `gymnasium.make("simpler/open_and_place-v0")` and `make_env` return.
 """
 
 from dataclasses import replace
+from string import ascii_lowercase, digits
 
 import gymnasium as gym
 import numpy as np
@@ -252,6 +253,14 @@ class SimplerEnv(BaseEnv):
         """How far the task's drawer is open, m."""
         return float(self.cabinet.qpos[self.drawers.index(self.setup.drawer)])
 
+    def environment_state(self) -> np.ndarray:
+        """What the scene knows and no policy sees, float32 (6,): `interfaces.ENVIRONMENT_NAMES`."""
+        position, drawer = np.zeros(3), self.drawer_qpos() if self.cabinet else 0.0
+        if self.object is not None:
+            position = (self.agent.body.root_pose.inv() * self.object.pose).p
+        has = self.object is not None, self.cabinet is not None
+        return np.array([*position, drawer, *has], np.float32)
+
     def evaluate(self) -> dict:
         """Upstream's success and statistics (`envs/success.py`), which add up once per control step, and subgoals."""
         judge = self.judge if self.agent.controller.moved else JUDGES[self.task.kind](self)
@@ -345,9 +354,9 @@ class CanonicalEnv(gym.Wrapper):
         self.view = self.sim.robot_class.view
         picture = gym.spaces.Box(0, 255, (self.sim.height, self.sim.width, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(
-            images=gym.spaces.Dict({self.view: picture}),
+            images=gym.spaces.Dict({} if self.sim.obs_mode == "none" else {self.view: picture}),
             proprio=gym.spaces.Box(-np.inf, np.inf, (PROPRIO_DIM,), np.float32),
-            instruction=gym.spaces.Text(64),
+            instruction=gym.spaces.Text(64, charset=ascii_lowercase + digits + " "),
         )
         low, high = np.full(7, -np.inf, np.float32), np.full(7, np.inf, np.float32)
         low[6], high[6] = 0, 1

@@ -72,11 +72,18 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-def pearson(real: Sequence[float], simulated: Sequence[float]) -> float:
-    """Correlation of success rates of several policies; NaN where all of one side are equal."""
+def _paired(real: Sequence[float], simulated: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(real, float), np.asarray(simulated, float)
     if a.shape != b.shape or a.size < 2:
         raise ValueError(f"need the same policies on both sides, at least two: got {a.size} and {b.size}")
+    if not np.isfinite([a, b]).all():
+        raise ValueError(f"success rates must be numbers, got {real} and {simulated}")
+    return a, b
+
+
+def pearson(real: Sequence[float], simulated: Sequence[float]) -> float:
+    """Correlation of success rates of several policies; NaN where all of one side are equal."""
+    a, b = _paired(real, simulated)
     a, b = a - a.mean(), b - b.mean()
     scale = np.linalg.norm(a) * np.linalg.norm(b)
     return float(a @ b / scale) if scale else float("nan")
@@ -87,9 +94,7 @@ def mean_maximum_rank_violation(real: Sequence[float], simulated: Sequence[float
 
     The mean over policies i of the largest |real_i - real_j| over those j that the simulator orders the other way.
     """
-    a, b = np.asarray(real, float), np.asarray(simulated, float)
-    if a.shape != b.shape or a.size < 2:
-        raise ValueError(f"need the same policies on both sides, at least two: got {a.size} and {b.size}")
+    a, b = _paired(real, simulated)
     apart = np.abs(a[:, None] - a[None])
-    misranked = (a[:, None] < a[None]) != (b[:, None] < b[None])
+    misranked = (a[:, None] > a[None]) != (b[:, None] > b[None])  # of ties, as upstream's code has it
     return float((apart * misranked).max(axis=1).mean())

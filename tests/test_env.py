@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import sapien
 import torch
+from gymnasium.vector.utils import concatenate, create_empty_array
 from scipy.spatial.transform import Rotation
 
-from envs import make_env
+from envs import make_env, make_vector_env
 from envs.protocol import CAMERAS
 from envs.rollout import rollout
-from envs.tasks import Variant, get_task
+from envs.tasks import TASKS, Variant, get_task
 
 HERE = Path(__file__).parent
 VECTORS = json.loads((HERE / "simpler_vectors.json").read_text())  # made by upstream, as are the resets
@@ -249,3 +250,62 @@ def test_pictures_at_any_size_show_the_same():
     error = np.abs(reduced - pictures[160]).mean()
     assert error < 4, error
     assert error < np.abs(np.roll(reduced, 2, axis=1) - pictures[160]).mean() / 2  # two pixels aside is another camera
+
+
+# -- several at once ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.sim
+def test_observations_are_of_their_space(canonical):
+    """Without pictures, too: a vector of environments stacks what the space says."""
+    observation, _ = canonical.reset(seed=0)
+    space = canonical.observation_space
+    assert space.contains(observation) and observation["images"] == {}
+    stacked = concatenate(space, [observation] * 2, create_empty_array(space, 2))
+    assert stacked["proprio"].shape == (2, 10) and stacked["instruction"] == (observation["instruction"],) * 2
+    words = {text for task in TASKS for text in task.setup(task.draw(0)).instructions}
+    assert all(space["instruction"].contains(text) for text in words)
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_a_vector_of_environments_is_as_many_single_ones():
+    """Equal to the bit: pictures, proprio, instructions, what one reset and one step after the other gives.
+
+    On the WidowX, whose scene no seed changes: building another costs more than all else here.
+    """
+    size = {"width": 40, "height": 30}
+    actions = np.random.default_rng(0).normal(scale=0.02, size=(3, 2, 7)).astype(np.float32)
+    actions[..., 6] = [1, 0]
+    vector = make_vector_env("stack_cube", 2, **size)
+    processes = list(vector.processes)
+    seen = [vector.reset(seed=[3, 8])]
+    assert all(process.is_alive() for process in processes)
+    seen += [vector.step(action) for action in actions]
+    again, _ = vector.reset(seed=[5, 5], options={"reset_mask": np.array([True, False])})
+
+    env = make_env("stack_cube", **size)
+    view = env.unwrapped.robot_class.view
+    for i, seed in enumerate((3, 8)):
+        single = [env.reset(seed=seed), *(env.step(action[i]) for action in actions)]
+        for many, one in zip(seen, single):
+            assert isinstance(many[0]["instruction"], tuple) and many[0]["instruction"][i] == one[0]["instruction"]
+            assert many[0]["images"][view].shape == (2, 30, 40, 3)
+            np.testing.assert_array_equal(many[0]["images"][view][i], one[0]["images"][view])
+            np.testing.assert_array_equal(many[0]["proprio"][i], one[0]["proprio"])
+            assert many[-1]["success"][i] == one[-1]["success"] and many[-1]["seed"][i] == one[-1]["seed"]
+            assert [float(value[i]) for value in many[1:-1]] == [float(value) for value in one[1:-1]]
+    fresh, last = env.reset(seed=5)[0], seen[-1][0]
+    for i, expected in ((0, fresh["proprio"]), (1, last["proprio"][1])):  # the second one goes on
+        np.testing.assert_array_equal(again["proprio"][i], expected)
+    np.testing.assert_array_equal(again["images"][view][0], fresh["images"][view])
+    np.testing.assert_array_equal(again["images"][view][1], last["images"][view][1])
+    env.close()
+
+    vector.close()
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_a_vector_of_an_unknown_task_is_refused_before_any_process_starts():
+    with pytest.raises(ValueError, match="unknown task 'open_fridge'; did you mean"):
+        make_vector_env("open_fridge")

@@ -97,7 +97,8 @@ def test_visual_matching_takes_every_start_with_every_arm():
     drawers = {(drawer, pose) for drawer in ("top", "middle", "bottom") for pose in poses}
     assert starts("open_drawer", "drawer", "pose") == starts("close_drawer", "drawer", "pose") == drawers
     placed = protocol_episodes("open_and_place", "visual_matching")
-    assert {e.choices["object_xy"] for e in placed} == {(x, y) for x in (-0.08, -0.05, -0.02) for y in (-0.02, 0.03, 0.08)}  # fmt: skip
+    places = {(x, y) for x in (-0.08, -0.05, -0.02) for y in (-0.02, 0.03, 0.08)}
+    assert {e.choices["object_xy"] for e in placed} == places
     assert {e.choices["pose"] for e in placed} == {"a0", "b0", "c0"}
     assert {e.choices["model"] for e in placed} == {"baked_apple_v2"}
 

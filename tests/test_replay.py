@@ -39,6 +39,29 @@ def test_the_arm_follows_the_recording_until_it_touches_something():
     env.close()
 
 
+@pytest.mark.sim
+@pytest.mark.parametrize(
+    ("task", "steps"), [("google_robot_pick_horizontal_coke_can", 20), ("widowx_carrot_on_plate", 12)]
+)
+def test_objects_start_and_arms_move_as_recorded_on_the_table(task, steps, tmp_path):
+    """Seen by 640 pixels across; what the arm does before it touches anything."""
+    from envs.simpler import ROBOTS, SimplerEnv
+    from envs.tasks import get_task
+
+    env = SimplerEnv(task, *ROBOTS[get_task(task).robot].picture_size)
+    start = shorten(read_recording(Path(FOLDER) / f"{task}-20"), steps)
+    for name in ("frame_000.png", "overlay.png"):  # one picture is enough
+        (tmp_path / name).symlink_to(start.folder / name)
+    free = replay(env, start)
+    result = report(start, free, free, compare_frames(env, replace(start, folder=tmp_path)))
+    assert env.width == 640 and result["psnr_reset_db"] >= 45
+    assert result["settled_mm"] < 1 and result["settled_degrees"] < 1
+    assert result["first_contact"] is None or result["first_contact"] > 5
+    assert 0 < result["free_tcp_mm_max"] < 1
+    assert not free["success"].any()
+    env.close()
+
+
 @pytest.fixture
 def damaged(tmp_path):
     folder = tmp_path / f"{TASK}-20"

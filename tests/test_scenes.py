@@ -303,7 +303,7 @@ def test_objects_stand_on_the_stage_where_there_is_one(scenes, tree, task, stage
     poses = scenes.settle(setup_of(task, *cubes, model_db=db), 500, 0.005)
     np.testing.assert_allclose([pose.p[2] for pose in poses], np.add(tops, 0.015), atol=5e-4)
     env = build(task)
-    _, info = env.reset(seed=0)
+    env.reset(seed=0)
     assert env.standins == [] and env.stage is not None
     assert 0.7 < env.object.pose.p[2] < 0.95 and abs(env.object.pose.p[2] - scenes.table_of(env.setup).top) > 0.02
     env.close()
@@ -332,20 +332,21 @@ def test_behind_a_cabinet_an_absent_stage_is_only_said(scenes, no_stages):
         setup = get_task("open_and_place").setup(get_task("open_and_place").draw(0), variant)
         standins = scenes.Standins()
         assert not scenes.add_stage(None, setup, standins, visual=True)
-        assert standins == [f"stage data/hab2_bench_assets/stages/{setup.stage}.glb is absent: nothing behind the cabinet"]  # fmt: skip
+        path = f"data/hab2_bench_assets/stages/{setup.stage}.glb"
+        assert standins == [f"stage {path} is absent: nothing behind the cabinet"]
 
 
 def test_a_stage_behind_a_cabinet_touches_nothing(scenes, tree):
     tree.add_stage("modern_office_no_roof", (0, 0))
 
     class Builder:
-        calls: list = []  # noqa: RUF012
+        def __init__(self):
+            self.calls = []
 
         def __getattr__(self, name):
             return lambda path, pose, **rest: self.calls.append((name, pose))
 
-    task, variant = get_task("open_drawer"), VARIANTS["open"][2]
-    builder = Builder()
+    task, variant, builder = get_task("open_drawer"), VARIANTS["open"][2], Builder()
     assert scenes.add_stage(builder, task.setup(task.draw(0), variant), scenes.Standins(), visual=True)
     ((name, pose),) = builder.calls
     assert name == "add_visual_from_file"

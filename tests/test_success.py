@@ -265,7 +265,8 @@ def test_move_near_forgets_all_but_the_grasp():
     source.move(-0.2, 0, 0.9)
     scene.held = False
     info = judge(scene)
-    assert not info["success"] and info["subgoals"] == {"object_grasped": True, "right_object_moved": False, "near": False}  # fmt: skip
+    assert not info["success"]
+    assert info["subgoals"] == {"object_grasped": True, "right_object_moved": False, "near": False}
     names = {"all_obj_keep_height", "moved_correct_obj", "moved_wrong_obj", "near_tgt_obj", "is_closest_to_tgt"}
     assert info["episode_stats"] == {name: info[name] for name in names}
 
