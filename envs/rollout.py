@@ -30,6 +30,7 @@ class Episode:
     subgoals: dict[str, bool]
     advance_at: int | None  # the step during which the second subtask began
     standins: list[str] = field(default_factory=list)  # what the scene had instead of absent files
+    environment: np.ndarray | None = None  # float32 (T, 6), `interfaces.ENVIRONMENT_NAMES`; None: the scene cannot tell
 
     @property
     def steps(self) -> int:
@@ -48,13 +49,15 @@ def rollout(env: Env, policy: Policy, seed: int, linger: int | None = None, opti
     scene = env.unwrapped
     observation, _ = env.reset(seed=seed, options={"reconfigure": True, **(options or {})})
     policy.reset(first_instruction := observation["instruction"])
-    seen, labels, executed, success = [], [], [], []
+    seen, environment, labels, executed, success = [], [], [], [], []
     info, advance_at, truncated = {}, None, False
     while not truncated and not (linger is not None and all(success[-linger - 1 :]) and len(success) > linger):
         action = policy.act(observation)
         if getattr(policy, "done_subtask", False) and not scene.is_final_subtask():
             scene.advance_to_next_subtask()  # before the step, as upstream's evaluator does
         seen.append(observation)
+        if hasattr(scene, "environment_state"):
+            environment.append(scene.environment_state())
         labels.append(getattr(policy, "label", action))
         executed.append(action)
         observation, _, _, truncated, info = env.step(action)
@@ -73,6 +76,7 @@ def rollout(env: Env, policy: Policy, seed: int, linger: int | None = None, opti
         subgoals={name: bool(value) for name, value in info["subgoals"].items()},
         advance_at=advance_at,
         standins=list(info.get("standins", [])),
+        environment=np.array(environment, np.float32) if environment else None,
     )
 
 

@@ -59,9 +59,12 @@ class SimplerEnv(BaseEnv):
         self.hide_standins = False  # show the background where an object has no picture, as upstream would
         if shader.startswith("rt") and not torch.cuda.is_available():
             raise ValueError(f"shader {shader!r} traces rays, which needs an NVIDIA GPU; use shader='default'")
-        if kwargs.get("num_envs", 1) != 1 or kwargs.get("sim_backend", "physx_cpu") != "physx_cpu":
-            raise ValueError("one environment per process, on the CPU: use envs.make_vector_env for several")
-        kwargs.pop("sim_backend", None)
+        backend = kwargs.pop("sim_backend", "physx_cpu")
+        if backend != "physx_cpu" or kwargs.get("num_envs", 1) != 1:
+            raise ValueError(
+                f"sim_backend {backend!r}, num_envs {kwargs.get('num_envs', 1)}: scenes run on the CPU, "
+                "one environment per process; no GPU does physics yet. Several: envs.make_vector_env(task, n)"
+            )
         super().__init__(robot_uids=self.robot_class.uid, reward_mode="sparse", sim_backend="physx_cpu", **kwargs)
 
     @property

@@ -105,7 +105,8 @@ def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failure
     if episode.success_final or keep_failures:
         arrays = (episode.frames, episode.proprio, episode.action, episode.executed)
         robot, fps = env.unwrapped.task.robot, env.unwrapped.control_freq
-        write_episode(root, seed, *arrays, episode.instructions, episode.success_final, fps, robot)
+        about = (episode.instructions, episode.success_final, fps, robot, episode.environment)
+        write_episode(root, seed, *arrays, *about)
     return {"success": episode.success_final, "steps": episode.steps}
 
 

@@ -27,7 +27,7 @@ import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 from rich.progress import track
 
-from selfflow_robot.interfaces import ACTION_NAMES, PROPRIO_NAMES
+from selfflow_robot.interfaces import ACTION_NAMES, ENVIRONMENT_NAMES, PROPRIO_NAMES
 
 CODEBASE_VERSION = "v3.0"
 CHUNK_SIZE = 1000  # files per chunk folder
@@ -36,6 +36,7 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 IMAGE_PREFIX = "observation.images."
 VIEW = "overhead"
 VECTORS = {"observation.state": PROPRIO_NAMES, "action": ACTION_NAMES, "action.executed": ACTION_NAMES}
+ENVIRONMENT = "observation.environment_state"  # optional; LeRobot's name for what only a simulator knows
 COUNTERS = ("frame_index", "episode_index", "index", "task_index")
 RECORD_KEY = b"selfflow_robot"  # parquet schema metadata: what `finalize` knows about an episode
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
@@ -65,13 +66,17 @@ def write_episode(
     success: bool,
     fps: int = 3,
     robot_type: str = "google_robot",
+    environment: np.ndarray | None = None,
 ) -> None:
     """Commit one episode; safe from several processes at once. Writing a seed again replaces it.
 
-    frames uint8 (T, H, W, 3), proprio (T, 10), action and executed (T, 7), instructions: T strings.
+    frames uint8 (T, H, W, 3), proprio (T, 10), action and executed (T, 7), instructions: T strings, environment (T, 6)
+    as in `interfaces.ENVIRONMENT_NAMES`, where it is known.
     Raises ValueError for wrong input, DatasetError when the disk refuses; nothing is committed then.
     """
     vectors = dict(zip(VECTORS, (proprio, action, executed)))
+    if environment is not None:
+        vectors[ENVIRONMENT] = environment
     _check_episode(seed, frames, vectors, instructions)
     video = encode_video(frames, fps)
     record = {
@@ -93,7 +98,7 @@ def write_episode(
     data_file, video_file = _episode_files(root, seed)
     data_file.unlink(missing_ok=True)  # a replaced episode must not be seen with the new video and the old numbers
     _write_atomic(video_file, video)
-    _write_parquet(data_file, pa.table(columns, metadata=_data_metadata(record)))
+    _write_parquet(data_file, pa.table(columns, metadata=_data_metadata(record, list(vectors))))
 
 
 def committed_seeds(root: str | Path) -> set[int]:
@@ -132,6 +137,8 @@ def finalize(root: str | Path) -> dict:
                     f"{records[0][field]}. Delete it, or collect the new kind into a data set of its own."
                 )
     (root / "meta/info.json").unlink(missing_ok=True)
+    # Episodes collected before there was an environment state do not have it: then none keeps it, for one schema.
+    names = [*VECTORS, *([ENVIRONMENT] if all(ENVIRONMENT in table.column_names for table in tables) else [])]
 
     tasks: dict[str, int] = {}  # instruction -> task_index, by first appearance
     rows, start = [], 0
@@ -146,15 +153,18 @@ def finalize(root: str | Path) -> dict:
             ),
         }
         changed = [k for k, v in counters.items() if not np.array_equal(table[k].to_numpy(), v)]
+        dropped = ENVIRONMENT in table.column_names and ENVIRONMENT not in names
+        if dropped:
+            table = table.drop_columns(ENVIRONMENT).replace_schema_metadata(_data_metadata(record, names))
         for name in changed:
             table = table.set_column(table.schema.get_field_index(name), name, pa.array(counters[name], pa.int64()))
-        if changed:
+        if changed or dropped:
             _write_parquet(path, table)
         tables[number] = table
         rows.append(_episode_row(number, table, record, start))
         start += length
 
-    info = _info(records[0], len(seeds), start, len(tasks))
+    info = _info(records[0], names, len(seeds), start, len(tasks))
     _write_parquet(root / "meta/tasks.parquet", _tasks_table(list(tasks)))
     _write_parquet(root / "meta/episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(rows))
     _write_atomic(root / "meta/stats.json", _json(_total_statistics(pa.concat_tables(tables), records)))
@@ -197,12 +207,16 @@ def _check_episode(seed: int, frames: np.ndarray, vectors: dict[str, np.ndarray]
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"frames: H.264 needs even height and width, got {frames.shape[1:3]}")
     for name, value in vectors.items():
-        if np.shape(value) != (len(frames), len(VECTORS[name])):
-            raise ValueError(f"{name}: expected {(len(frames), len(VECTORS[name]))}, got {np.shape(value)}")
+        if np.shape(value) != (len(frames), len(_names(name))):
+            raise ValueError(f"{name}: expected {(len(frames), len(_names(name)))}, got {np.shape(value)}")
         if not np.isfinite(value).all():
             raise ValueError(f"{name}: not finite in seed {seed}")
     if len(instructions) != len(frames):
         raise ValueError(f"instructions: expected {len(frames)}, got {len(instructions)}")
+
+
+def _names(feature: str) -> tuple[str, ...]:
+    return ENVIRONMENT_NAMES if feature == ENVIRONMENT else VECTORS[feature]
 
 
 def _episode_files(root: str | Path, seed: int) -> tuple[Path, Path]:
@@ -242,11 +256,11 @@ def _vector_column(value: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(value.reshape(-1)), value.shape[1])
 
 
-def _data_metadata(record: dict) -> dict[bytes, bytes]:
+def _data_metadata(record: dict, vectors: list[str]) -> dict[bytes, bytes]:
     """The column types in the words of Hugging Face `datasets`, and our record of the episode."""
     features: dict = {
-        name: {"feature": {"dtype": "float32", "_type": "Value"}, "length": len(names), "_type": "List"}
-        for name, names in VECTORS.items()
+        name: {"feature": {"dtype": "float32", "_type": "Value"}, "length": len(_names(name)), "_type": "List"}
+        for name in vectors
     }
     features["timestamp"] = {"dtype": "float32", "_type": "Value"}
     features |= {name: {"dtype": "int64", "_type": "Value"} for name in COUNTERS}
@@ -271,7 +285,7 @@ def _tasks_table(tasks: list[str]) -> pa.Table:
     return table.replace_schema_metadata({b"pandas": json.dumps(pandas).encode()})
 
 
-def _info(record: dict, episodes: int, frames: int, tasks: int) -> dict:
+def _info(record: dict, vectors: list[str], episodes: int, frames: int, tasks: int) -> dict:
     height, width, channels = record["image_shape"]
     video = {
         "video.height": height,
@@ -285,7 +299,7 @@ def _info(record: dict, episodes: int, frames: int, tasks: int) -> dict:
     }
     image = {"dtype": "video", "shape": record["image_shape"], "names": ["height", "width", "channels"], "info": video}
     features: dict = {IMAGE_PREFIX + VIEW: image}
-    features |= {k: {"dtype": "float32", "shape": [len(v)], "names": list(v)} for k, v in VECTORS.items()}
+    features |= {k: {"dtype": "float32", "shape": [len(_names(k))], "names": list(_names(k))} for k in vectors}
     features["timestamp"] = {"dtype": "float32", "shape": [1], "names": None}
     features |= {name: {"dtype": "int64", "shape": [1], "names": None} for name in COUNTERS}
     return {
@@ -387,6 +401,7 @@ class Dataset:
     view: str
     fps: int
     hash: str  # of everything above
+    environment: np.ndarray | None = None  # float32 (N, 6), see `interfaces.ENVIRONMENT_NAMES`; None: not recorded
 
     @property
     def num_frames(self) -> int:
@@ -419,6 +434,8 @@ def open_dataset(root: str | Path, view: str | None = None) -> Dataset:
     info = _read_info(root)
     view, image_shape = _choose_view(root, info, view)
     names = [name for name in VECTORS if name in info["features"]]
+    if info["features"].get(ENVIRONMENT, {}).get("names") == list(ENVIRONMENT_NAMES):  # others record other things
+        names.append(ENVIRONMENT)
     rows = _read_episodes(root)
     fps, key = info["fps"], IMAGE_PREFIX + view
     videos: dict[Path, list[tuple[int, int, int]]] = {}  # file -> (first frame in the file, length, start)
@@ -471,6 +488,7 @@ def open_dataset(root: str | Path, view: str | None = None) -> Dataset:
         view=view,
         fps=fps,
         hash=content_hash,
+        environment=flat.get(ENVIRONMENT),
     )
 
 
@@ -652,6 +670,7 @@ class Windows:
     now: np.ndarray  # int64 (W,), flat frame numbers
     first: np.ndarray  # int64 (W,), first frame of the window's episode
     last: np.ndarray  # int64 (W,), last frame
+    latents: np.ndarray | None = None  # float16, see `latents.cached`: (N, h, w, C), or (N, T, h, w, C) of whole clips
 
     def __len__(self) -> int:
         return len(self.now)
@@ -682,6 +701,9 @@ class Windows:
             "action_mask": (step <= last) & (data.task[clamped] == data.task[now]),
             "index": indices,
         }
+        if self.latents is not None:  # (B, T, h, w, C)
+            whole_clips = self.latents.ndim == 5
+            arrays["latents"] = self.latents[now[:, 0] if whole_clips else np.clip(frame, first, last)]
         batch: dict = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
         return batch | {"instruction": [data.instructions[task] for task in data.task[now[:, 0]]]}
 

@@ -5,7 +5,8 @@ Action (outside `envs/`): float32 (7,) `[dx, dy, dz, rx, ry, rz, gripper]`
   rx, ry, rz   rotation vector, radians per control step, base frame, applied from the left
   gripper      absolute opening: 1 = open, 0 = closed
 
-Both parts refer to the *sensed* pose at the moment the action is given. Robot-specific encodings live in `envs/` only.
+Both parts refer to the *sensed* pose at the moment the action is given; on the WidowX, whose controller is of that kind
+in SIMPLER, to the pose commanded last. Robot-specific encodings live in `envs/` only.
 """
 
 from typing import Any, Protocol, TypedDict
@@ -18,6 +19,10 @@ ACTION_DIM = len(ACTION_NAMES)
 # Tool centre point in the base frame: position (m), first two columns of its rotation matrix, opening (1 = open).
 PROPRIO_NAMES = ("x", "y", "z", "r00", "r10", "r20", "r01", "r11", "r21", "gripper")
 PROPRIO_DIM = len(PROPRIO_NAMES)
+
+# What a simulator knows and no policy sees, for probes: the object to act on (m, base frame), how far the drawer is
+# open (m), and whether the scene has them (1 or 0; where it has not, their numbers are 0).
+ENVIRONMENT_NAMES = ("object_x", "object_y", "object_z", "drawer", "has_object", "has_drawer")
 
 
 class Observation(TypedDict):
