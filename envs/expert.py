@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import sapien
+from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
 from envs.scenes import body_of, rotation_matrix
@@ -26,7 +27,8 @@ STANDOFF = 0.12  # m along the fingers before that middle: where the way in begi
 INSIDE_X = 0.02  # the inside of an open drawer begins here, behind is the cabinet
 COUNTER_Z, COUNTER_X = 0.882, 0.02  # the cabinet's top and its front edge
 YAWS = -0.18 + np.linspace(-np.pi / 2, np.pi / 2, 72, endpoint=False)  # of the opening direction: what the wrist can do
-OPENING_YAW, NARROW_ENOUGH = -0.64, 1.25  # rad, of the opening direction on the cabinet; see `narrow_side`
+DIRECTIONS = np.stack([np.cos(YAWS), np.sin(YAWS)])  # (2, K)
+OPENING_YAW, NARROW_ENOUGH = -0.64, 1.3  # rad, of the opening direction on the cabinet; see `grasp_hand`
 PANEL_HALF_WIDTH = 0.3
 HOOK_HALF_WIDTH = 0.17  # |y| where the hand clears the drawer's sides with margin
 OPEN_ENOUGH, CLOSED_ENOUGH = 0.17, 0.02  # m; success asks for 0.15 and 0.05
@@ -174,24 +176,34 @@ def go_home(s: State, edge: float, home: sapien.Pose) -> Waypoint:
 
 
 def grasp_hand(s: State, style: Style) -> Rotation:
-    """Opening across a narrow side of the object, as nearly as it can be the way that the arm likes."""
-    tilt = style.grasp_tilt
-    direction, _ = narrow_side(s.corners, OPENING_YAW, NARROW_ENOUGH)
+    """Opening the way that keeps both fingers about level and suits the arm, where the object is narrow enough in its
+    middle that way; across its narrow side where it is not."""
+    tilt, widths = style.grasp_tilt, chords(s.corners, s.object)
+    fits = widths[np.abs(YAWS - OPENING_YAW).argmin()] <= NARROW_ENOUGH * widths.min()
+    direction = opening_across(widths, OPENING_YAW, NARROW_ENOUGH if fits else 1.02)
     return hand([-np.sin(tilt), 0, -np.cos(tilt)], direction)
 
 
-def narrow_side(corners: np.ndarray, wanted: float, allowed: float) -> tuple[np.ndarray, float]:
-    """How the hand should open around corners (N, 3): direction (3,), horizontal, and the middle along it (m).
+def shadows(corners: np.ndarray) -> np.ndarray:
+    """How wide corners (N, 3) are along every direction of YAWS, m."""
+    return np.ptp(corners[:, :2] @ DIRECTIONS, axis=0)
 
-    Of the directions across which they are at most `allowed` times as wide as across their narrowest, the nearest to
-    the yaw `wanted` (rad).
-    """
-    directions = np.stack([np.cos(YAWS), np.sin(YAWS)])  # (2, K)
-    shadow = corners[:, :2] @ directions  # (N, K)
-    widths = np.ptp(shadow, axis=0)
+
+def chords(corners: np.ndarray, center: np.ndarray) -> np.ndarray:
+    """How long lines through `center` within the outline of corners (N, 3) are, along every direction of YAWS, m."""
+    sides = ConvexHull(corners[:, :2]).equations  # (F, 3): outward normal, offset
+    away = -(sides[:, :2] @ center[:2] + sides[:, 2])[:, None]  # (F, 1)
+    slope = sides[:, :2] @ DIRECTIONS  # (F, K)
+    with np.errstate(divide="ignore"):
+        forth, back = (np.where(sign * slope > 1e-9, away / (sign * slope), np.inf).min(0) for sign in (1, -1))
+    return forth + back
+
+
+def opening_across(widths: np.ndarray, wanted: float, allowed: float) -> np.ndarray:
+    """Of the directions of YAWS with widths (K,) of at most `allowed` times the narrowest, the nearest to the yaw
+    `wanted` (rad): (3,), horizontal."""
     turn = np.where(widths <= allowed * widths.min(), np.abs(np.sin(YAWS - wanted)), np.inf)
-    k = turn.argmin()
-    return np.array([*directions[:, k], 0]), float(shadow[:, k].min() + shadow[:, k].max()) / 2
+    return np.array([*DIRECTIONS[:, turn.argmin()], 0])
 
 
 def model_corners(entity: sapien.Entity) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import sapien
 from scipy.spatial.transform import Rotation
 
-from envs.expert import Expert, State, Waypoint, angle, hand, mix, narrow_side, ramp
+from envs.expert import Expert, State, Waypoint, angle, hand, mix, opening_across, ramp, shadows
 from envs.scenes import com_position, rotation_matrix, table_of
 
 FREE_WIDTH = 1.04  # an object may be grasped across any width up to this times its narrowest
@@ -98,7 +98,9 @@ def plan_grasp(s: State, body: Body, table: float, first_yaw: float, style: Tabl
     the hand's own once it closes.
     """
     wanted = first_yaw if s.opening > FINGERS_OPEN else opening_yaw(s)
-    opening, middle = narrow_side(body.corners, wanted, FREE_WIDTH)
+    opening = opening_across(shadows(body.corners), wanted, FREE_WIDTH)
+    shadow = body.corners @ opening
+    middle = (shadow.min() + shadow.max()) / 2
     along = np.array([-opening[1], opening[0], 0])
     p = opening * middle + along * (along @ body.center + style.grasp_side)
     p[2] = body.top - style.depth

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("sapien")
 
 from envs import make_env
-from envs.expert import make_expert, narrow_side
+from envs.expert import DIRECTIONS, chords, make_expert, opening_across, shadows
 from envs.expert_tabletop import TABLE_SPREAD, TableStyle, TabletopExpert, draw_table_style
 
 pytestmark = pytest.mark.sim
@@ -94,12 +94,15 @@ def test_styles_stay_within_their_spread_and_differ():
 
 @pytest.mark.parametrize("turn", [0.0, 0.4, 1.2])
 def test_the_hand_opens_across_the_narrow_side(turn):
-    """A box of 10 by 4 cm turned by `turn`: across its 4 cm, around its middle."""
+    """A box of 10 by 4 cm turned by `turn`."""
     axes = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0]])
-    signs = np.array([(a, b) for a in (-1, 1) for b in (-1, 1)])
-    corners = np.array([0.3, -0.1, 0.9]) + signs @ (axes * [[0.05], [0.02]])
-    direction, middle = narrow_side(corners, wanted=0.0, allowed=1.05)
-    assert abs(direction @ axes[1]) > 0.998  # directions are 2.5 degrees apart
-    assert middle == pytest.approx(direction[:2] @ [0.3, -0.1], abs=1e-9)
-    free, _ = narrow_side(corners, wanted=0.7, allowed=10.0)  # anything goes: the wanted one
-    assert np.arctan2(free[1], free[0]) == pytest.approx(0.7, abs=0.03)
+    signs, center = np.array([(a, b) for a in (-1, 1) for b in (-1, 1)]), np.array([0.3, -0.1, 0.9])
+    corners = center + signs @ (axes * [[0.05], [0.02]])
+    across = np.abs(axes[:, :2] @ DIRECTIONS)  # (2, K)
+    np.testing.assert_allclose(shadows(corners), 0.1 * across[0] + 0.04 * across[1], atol=1e-9)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(chords(corners, center), np.minimum(0.1 / across[0], 0.04 / across[1]), atol=1e-9)
+    for widths in (shadows(corners), chords(corners, center)):
+        assert abs(opening_across(widths, wanted=0.0, allowed=1.001) @ axes[1]) > 0.998  # they are 2.5 degrees apart
+        free = opening_across(widths, wanted=0.7, allowed=10.0)  # anything goes: the wanted one
+        assert np.arctan2(free[1], free[0]) == pytest.approx(0.7, abs=0.03)
