@@ -13,10 +13,12 @@ import contextlib
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from selfflow_robot.flow import embed_level
 from selfflow_robot.tokens import BYTES_PER_TOKEN, GIVEN, KINDS, Tokens
@@ -31,6 +33,7 @@ class ModelConfig:
     depth: int = 8
     width: int = 192
     heads: int = 3
+    feature_width: int = 0  # of what the projector predicts; 0: `width`, as of a teacher's features
 
     def __post_init__(self):
         if self.width % self.heads or self.width // self.heads % 8:
@@ -39,7 +42,13 @@ class ModelConfig:
 
 PRESETS = {
     "tiny": ModelConfig(),  # 4.5 M parameters: trains in minutes on two cores
-    "small": ModelConfig(depth=12, width=384, heads=6),  # 25 M
+    # Widths are multiples of 192, so that the SwiGLU's 8/3 of them are multiples of 512.
+    "small": ModelConfig(depth=10, width=384, heads=6),  # 21 M
+    "base": ModelConfig(depth=16, width=768, heads=12),  # 127 M
+    "large": ModelConfig(depth=16, width=1152, heads=16),  # 283 M
+    "625m": ModelConfig(depth=38, width=1152, heads=16),  # 634 M: the paper's size
+    "1b": ModelConfig(depth=34, width=1536, heads=24),  # 1.01 B
+    "4b": ModelConfig(depth=34, width=3072, heads=24),  # 4.04 B
 }
 
 
@@ -76,22 +85,58 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, H, M, E), k and v (B, H, N, E) -> (B, H, M, E). On the CPU the backward pass of torch's fused kernel takes
-    4 times as long as these two lines, so it is used only where there is none."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """q (B, H, M, E), k and v (B, H, N, E), seen bool (B, 1, M, N): who sees whom, None: all -> (B, H, M, E). On the
+    CPU the backward pass of torch's fused kernel takes 4 times as long as these lines, and its forward pass up to 1.7
+    times for a few hundred tokens, so it is used only for a handful or for many, without a gradient."""
+    short = q.shape[2] >= 64 and k.shape[2] <= 512
+    if q.device.type == "cpu" and (torch.is_grad_enabled() or short):
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -torch.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, seen)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(shift.dtype), scale)
 
 
-def one_level(t: Tensor) -> Tensor:
-    """(B, n) -> (B, 1) where the tokens of each sample share a level: modulating them is then much less work. Not on a
-    GPU, where looking would stall it."""
-    return t[:, :1] if t.device.type == "cpu" and bool((t == t[:, :1]).all()) else t
+class Levels(NamedTuple):
+    """Noise levels of which each sample has few: what depends on them is computed K times and handed to the tokens."""
+
+    values: Tensor  # (B, K)
+    index: Tensor  # (B, N) int64, of each token's level
+
+    def per_token(self) -> Tensor:  # (B, N)
+        return self.values.gather(1, self.index)
+
+    def __getitem__(self, key) -> "Levels":
+        """As of a tensor (B, N): `[rows]` or `[rows, tokens]`."""
+        rows = key[0] if isinstance(key, tuple) else key
+        return Levels(self.values[rows], self.index[key])
+
+
+def part(t: Tensor | Levels, start: int, stop: int) -> Tensor | Levels:
+    """Of tokens [start, stop); (B, 1) is one level for all of them."""
+    return t if isinstance(t, Tensor) and t.shape[1] == 1 else t[:, start:stop]
+
+
+def one_level(t: Tensor | Levels) -> tuple[Tensor, Tensor | None]:
+    """-> levels (B, k), and who has which: one-hot (B, n, k) float, None where every token has its own or all have the
+    first. Modulating one level per sample is much less work; a GPU is not asked, for looking would stall it."""
+    if isinstance(t, Levels):
+        if t.index.device.type == "cpu" and bool((t.index == t.index[0, 0]).all()):
+            column = int(t.index[0, 0])
+            return t.values[:, column : column + 1], None
+        return t.values, F.one_hot(t.index, t.values.shape[1]).to(t.values.dtype)
+    return (t[:, :1] if t.device.type == "cpu" and bool((t == t[:, :1]).all()) else t), None
+
+
+def hand_out(x: Tensor, who: Tensor | None) -> Tensor:
+    """x (B, K, D) of every level -> (B, n, D) of every token, exact: a matrix product with a one-hot, whose backward
+    pass is one too."""
+    return x if who is None else torch.bmm(who.to(x.dtype), x)
 
 
 class Block(nn.Module):
@@ -108,24 +153,30 @@ class Block(nn.Module):
         self.offset = nn.Parameter(torch.zeros(6, D))
 
     def forward(
-        self, x: Tensor, modulation: tuple, rotary: tuple, past: tuple | None = None
+        self,
+        x: Tensor,
+        modulation: tuple,
+        rotary: tuple,
+        past: tuple | None = None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (B, n, D), modulation 6 x (B or 1, n or 1, D), past: keys and values of the prefix, which everything sees
-        -> x, and its own keys and values (B, H, n, E)."""
+        """x (B, n, D), modulation: 6 x (B or 1, k, D) and who has which, past: keys and values of the prefix, which
+        everything sees, seen: as in `attend` -> x, and its own keys and values (B, H, n, E)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
         q, k, v = self.project(modulate(x, shift1, scale1), rotary)  # (B, H, n, E)
         everything = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
-        x = x + gate1 * self.out(attend(q, *everything).transpose(1, 2).flatten(2))
+        x = x + gate1 * self.out(attend(q, *everything, seen).transpose(1, 2).flatten(2))
         gate, hidden = self.up(modulate(x, shift2, scale2)).chunk(2, -1)
         return x + gate2 * self.down(F.silu(gate) * hidden), (k, v)
 
     def keys(self, x: Tensor, modulation: tuple, rotary: tuple) -> tuple[Tensor, Tensor]:
         """Keys and values alone: what is needed of the prefix in the last block."""
-        shift, scale = self.modulation(modulation)[:2]
+        shift, scale = self.modulation(modulation, 2)
         return self.project(modulate(x, shift, scale), rotary)[1:]
 
-    def modulation(self, shared: tuple) -> list[Tensor]:
-        return [a + b for a, b in zip(shared, self.offset.to(shared[0].dtype))]
+    def modulation(self, shared: tuple, count: int = 6) -> list[Tensor]:
+        levels, who = shared
+        return [hand_out(a + b, who) for a, b in zip(levels[:count], self.offset.to(levels[0].dtype))]
 
     def project(self, x: Tensor, rotary: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n, D) -> queries, keys, values (B, H, n, E)."""
@@ -145,6 +196,7 @@ class Model(nn.Module):
         if patch != 16:
             raise ValueError(f"the pixel stem has four strides of 2, so patch must be 16, got {patch}")
         self.config, self.channels = config, dict(channels)
+        self.activation_checkpointing = False  # compute the inside of blocks again for the backward pass: less memory
         self.inputs = nn.ModuleDict({kind: nn.Linear(c, D) for kind, c in channels.items()})
         self.bytes = nn.Embedding(256, BYTE_DIM)
         self.text = nn.Linear(BYTES_PER_TOKEN * BYTE_DIM, D)
@@ -158,7 +210,7 @@ class Model(nn.Module):
         self.last_modulation = nn.Linear(D, 2 * D)
         self.outputs = nn.ModuleDict({kind: nn.Linear(D, channels[kind]) for kind in ("video", "action")})
         # student features -> teacher features (Self-Flow: one hidden layer, no norm)
-        self.projector = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D))
+        self.projector = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, config.feature_width or D))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -174,53 +226,73 @@ class Model(nn.Module):
             block.offset.data.copy_(scale.expand_as(block.offset))
 
     def forward(
-        self, z: Tensor, t: Tensor, tokens: Tokens, feature_layer: int = 0, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """z (B, N, C) noised, t (B, N) -> velocity (B, N, C), zero on given tokens, and features (B, M, D) of the
-        tokens that are not given after block `feature_layer` (1 is the first; 0: none). With `cache` the prefix is not
-        computed again."""
-        P, features = tokens.prefix, None
-        x, modulation, level = self._start(z, t[:, P:], tokens, P, z.shape[1])
-        rotary = self._rotary(tokens, P, z.shape[1])
+        self,
+        z: Tensor,
+        t: Tensor | Levels,
+        tokens: Tokens,
+        feature_layer: int | tuple[int, ...] = 0,
+        cache: Cache | None = None,
+        apart: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
+        """z (B, N, C) noised, t (B, N) or (B, 1) -> velocity (B, N, C), zero on given tokens, and features (B, M, D) of
+        the tokens that are not given after block `feature_layer` (1 is the first; 0: none; of several layers a list).
+        With `cache` the prefix is not computed again. apart bool (B, N): tokens where it is true and tokens where it is
+        not see only their own kind, and the prefix."""
+        P, N, features = tokens.prefix, z.shape[1], {}
+        wanted = feature_layer if isinstance(feature_layer, tuple) else (feature_layer,)
+        x, modulation, level = self._start(z, part(t, P, N), tokens, P, N)
+        rotary = self._rotary(tokens, P, N)
         cache = self.prefix_cache(z, t, tokens) if cache is None else cache
+        seen = None
+        if apart is not None:
+            group = apart[:, P:]
+            seen = F.pad(group[:, :, None] == group[:, None], (P, 0), value=True)[:, None]  # (B, 1, M, N)
         for i, (block, past) in enumerate(zip(self.blocks, cache), 1):
-            x, _ = block(x, modulation, rotary, past)
-            if i == feature_layer:
-                features = x
-        shift, scale = self.last_modulation(level).chunk(2, -1)
-        return self._heads(modulate(x, shift, 1 + scale), z, tokens), features
+            x, _ = self._run(block, x, modulation, rotary, past, seen)
+            if i in wanted:
+                features[i] = x
+        shift, scale = (hand_out(a, modulation[1]) for a in self.last_modulation(level).chunk(2, -1))
+        velocity = self._heads(modulate(x, shift, 1 + scale), z, tokens)
+        if isinstance(feature_layer, tuple):
+            return velocity, [features[i] for i in feature_layer]
+        return velocity, features.get(feature_layer)
 
-    def features(self, z: Tensor, t: Tensor, tokens: Tokens, layer: int, cache: Cache | None = None) -> Tensor:
+    def features(self, z: Tensor, t: Tensor | Levels, tokens: Tokens, layer: int, cache: Cache | None = None) -> Tensor:
         """Features (B, M, D) after block `layer`, as in `forward`; later blocks are not computed."""
         P = tokens.prefix
-        x, modulation, _ = self._start(z, t[:, P:], tokens, P, z.shape[1])
+        x, modulation, _ = self._start(z, part(t, P, z.shape[1]), tokens, P, z.shape[1])
         rotary = self._rotary(tokens, P, z.shape[1])
         cache = self.prefix_cache(z, t, tokens, layer) if cache is None else cache
         for block, past in zip(self.blocks[:layer], cache):
             x, _ = block(x, modulation, rotary, past)
         return x
 
-    def prefix_cache(self, z: Tensor, t: Tensor, tokens: Tokens, layers: int | None = None) -> Cache:
+    def prefix_cache(self, z: Tensor, t: Tensor | Levels, tokens: Tokens, layers: int | None = None) -> Cache:
         """Keys and values of the given tokens of z (B, N, C) at t (B, N) in the first `layers` blocks (None: all); None
         per block where nothing is given."""
         blocks, P = self.blocks[:layers], tokens.prefix
         if not P:
             return [None] * len(blocks)
-        x, modulation, _ = self._start(z, t[:, :P], tokens, 0, P)
+        x, modulation, _ = self._start(z, part(t, 0, P), tokens, 0, P)
         rotary, cache = self._rotary(tokens, 0, P), []
         for block in blocks[:-1]:
-            x, kept = block(x, modulation, rotary)
+            x, kept = self._run(block, x, modulation, rotary)
             cache.append(kept)
         return [*cache, blocks[-1].keys(x, modulation, rotary)]
+
+    def _run(self, block: Block, *inputs) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def _rotary(self, tokens: Tokens, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return rotation(tokens.ids[start:stop], self.config.width // self.config.heads)
 
     def _start(
-        self, z: Tensor, t: Tensor, tokens: Tokens, start: int, stop: int
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """Tokens [start, stop) and their levels t (B or 1, n or 1) -> x (B, n, D), modulation 6 x (B, n, D) and level
-        (B, n, D), n = 1 in both where one level serves all tokens of a sample. Cuts fall between spans."""
+        self, z: Tensor, t: Tensor | Levels, tokens: Tokens, start: int, stop: int
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], Tensor | None], Tensor]:
+        """Tokens [start, stop) and their levels t -> x (B, n, D), modulation 6 x (B, k, D) with who has which (see
+        `one_level`), and level (B, k, D). Cuts fall between spans."""
         parts = []
         for span in tokens.spans:
             if not start <= span.start < stop:
@@ -233,8 +305,9 @@ class Model(nn.Module):
                     x = x + self._see(tokens.frames)
             parts.append(x)
         x = torch.cat(parts, 1) + self.position(fourier(tokens.ids[start:stop]))
-        level = self.level(embed_level(one_level(t), LEVEL_DIM))
-        return x, self.modulation(level).chunk(6, -1), level
+        t, who = one_level(t)
+        level = self.level(embed_level(t, LEVEL_DIM))
+        return x, (self.modulation(level).chunk(6, -1), who), level
 
     def _see(self, frames: Tensor) -> Tensor:  # (B, T, H, W, 3) -> (B, T h w, D)
         x = frames.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory

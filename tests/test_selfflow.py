@@ -4,12 +4,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from selfflow_robot.flow import TimestepDistribution
-from selfflow_robot.selfflow import SelfFlowConfig, draw, ema_decay, loss, update_ema
-from tests.synthetic import make_batch, make_model, make_packer
+from selfflow_robot.flow import TimestepDistribution, interpolate
+from selfflow_robot.model import Levels
+from selfflow_robot.selfflow import (
+    METHODS,
+    SelfFlowConfig,
+    draw,
+    ema_decay,
+    loss,
+    objective,
+    per_token,
+    student_levels,
+    teacher_levels,
+    update_ema,
+)
+from tests.synthetic import SMALL, make_batch, make_model, make_packer
 
 PACKER = make_packer()
-CONFIG = SelfFlowConfig(levels=TimestepDistribution("logit_normal", 2.0, 0.05), mask_ratio=0.25)
+CONFIG = objective("self_flow", levels=TimestepDistribution("logit_normal", 2.0, 0.05), mask_ratio=0.25)
 
 
 def generator(seed=0):
@@ -23,7 +35,7 @@ def gradients(model):
 def test_flow_matching_is_plain_flow_matching_to_the_bit():
     tokens = PACKER.pack(make_batch(4), "pretrain_all")
     ours, plain = make_model(PACKER), make_model(PACKER)
-    total, terms = loss(ours, None, tokens, replace(CONFIG, method="flow_matching"), generator())
+    total, terms = loss(ours, None, tokens, CONFIG.switched_off(), generator())
     total.backward()
 
     # The whole method in five lines, from the same stream of random numbers.
@@ -48,7 +60,7 @@ def test_terms_off_are_flow_matching():
     model = make_model(PACKER)
     off = replace(CONFIG, mask_ratio=0.0, feature_weight=0.0)
     a, _ = loss(model, copy.deepcopy(model), tokens, off, generator())
-    b, _ = loss(model, None, tokens, replace(off, method="flow_matching"), generator())
+    b, _ = loss(model, None, tokens, off.switched_off(), generator())
     assert torch.equal(a, b)
 
 
@@ -58,7 +70,7 @@ def test_both_methods_draw_the_same():
     generators = []
     for method in ("self_flow", "flow_matching"):
         g = generator()
-        loss(make_model(PACKER), make_model(PACKER, seed=1), tokens, replace(config, method=method), g)
+        loss(make_model(PACKER), make_model(PACKER, seed=1), tokens, replace(config, **METHODS[method]), g)
         generators.append(g.get_state())
     assert torch.equal(*generators)
 
@@ -82,6 +94,177 @@ def test_draw_distribution():
     assert abs((d.t > d.s).float().mean() - 0.5) < 0.02  # not sorted
 
 
+def levels_of(method, mode="joint_plan", samples=20_000, **settings):
+    """What the student sees every token at, (samples, N), and the draw."""
+    tokens = PACKER.pack(make_batch(), mode)
+    many = dict(x=tokens.x[:1].expand(samples, -1, -1)[..., :1], weight=tokens.weight[:1].expand(samples, -1))
+    tokens = replace(tokens, **many, text=None, frames=None)
+    config = objective(method, levels=TimestepDistribution("uniform"), mask_ratio=0.25, **settings)
+    d = draw(tokens, config, generator())
+    return per_token(student_levels(d, tokens, config)), d, tokens, config
+
+
+def distance_to_uniform(x):
+    """Kolmogorov-Smirnov."""
+    return (x.sort().values - torch.linspace(0, 1, len(x))).abs().max()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full_masking"])
+@pytest.mark.parametrize("action_noise", ["shared", "masked", "own"])
+def test_every_token_has_the_level_distribution(method, action_noise):
+    tau, _, tokens, _ = levels_of(method, action_noise=action_noise, action_mask_ratio=0.3)
+    for kind in ("video", "action"):
+        span = tokens.rows(kind, "generated")
+        for column in (span.start, span.stop - 1):
+            assert distance_to_uniform(tau[:, column]) < 0.02
+
+
+def test_what_sets_the_methods_apart():
+    video, action = (PACKER.pack(make_batch(), "joint_plan").rows(kind, "generated") for kind in ("video", "action"))
+
+    def distinct(method, span, **settings):
+        tau = levels_of(method, samples=500, **settings)[0][:, span]
+        return torch.tensor([len(row.unique()) for row in tau])
+
+    assert (distinct("flow_matching", video) == 1).all() and (distinct("sra", video) == 1).all()
+    assert distinct("self_flow", video).max() == 2 and (distinct("self_flow", action) == 1).all()
+    assert (distinct("diffusion_forcing", video) == video.stop - video.start).all()
+    tau, d, *_ = levels_of("full_masking", samples=2000)
+    assert torch.equal(tau[:, video] == 1, d.masked[:, video]) and abs(d.masked[:, video].float().mean() - 0.25) < 0.01
+    assert distinct("self_flow", action, action_noise="masked", action_mask_ratio=0.5).max() == 2
+    tau, d, *_ = levels_of("self_flow", samples=500, action_noise="own", action_mask_ratio=0.5)
+    expected = torch.where(d.masked[:, action], d.action[1], d.action[0])
+    assert torch.equal(tau[:, action], expected) and not torch.equal(d.action[0], d.t)
+    assert torch.equal(tau[:, video], torch.where(d.masked[:, video], d.s, d.t))
+
+
+@pytest.mark.parametrize("action_noise", ["shared", "own"])
+def test_the_teachers_level(action_noise):
+    """min(t, s) of each modality; in SRA a little below t; never above what the student sees."""
+    for method in ("self_flow", "sra"):
+        tau, d, tokens, config = levels_of(method, samples=2000, action_noise=action_noise, action_mask_ratio=0.3)
+        teacher = per_token(teacher_levels(d, tokens, config))
+        rows = {kind: teacher[:, tokens.rows(kind, "generated")] for kind in ("video", "action")}
+        drawn = {"video": (d.t, d.s), "action": (d.t, d.s) if action_noise == "shared" else tuple(d.action)}
+        for kind, level in rows.items():
+            t, s = drawn[kind]
+            expected = torch.minimum(t, s) if method == "self_flow" else (t - d.offset).clamp_min(0)
+            assert torch.equal(level, expected.expand_as(level))
+        assert (teacher <= tau).all()
+    assert d.offset.max() <= 0.2 and d.offset.mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_few_levels_are_handed_out_exactly():
+    """Computing what depends on t for a sample's few levels changes nothing against computing it for every token; one
+    level for all equals the scalar path to the bit."""
+    tokens = PACKER.pack(make_batch(), "joint_plan")
+    model = make_model(PACKER).eval()
+    d = draw(tokens, CONFIG, generator())
+    levels = student_levels(d, tokens, CONFIG)
+    z = interpolate(tokens.x, d.noise, per_token(levels))[0]
+    torch.testing.assert_close(
+        model(z, levels, tokens)[0], model(z, per_token(levels), tokens)[0], atol=1e-5, rtol=1e-5
+    )
+    scalar = model(z, torch.full((2, 1), 0.3), tokens)[0]
+    one, random = torch.zeros_like(levels.index), torch.randint(3, levels.index.shape, generator=generator())
+    for same in (torch.full_like(per_token(levels), 0.3), Levels(torch.full((2, 3), 0.3), one)):
+        assert torch.equal(model(z, same, tokens)[0], scalar)
+    handed_out = model(z, Levels(torch.full((2, 3), 0.3), random), tokens)[0]
+    torch.testing.assert_close(handed_out, scalar, atol=1e-6, rtol=1e-6)
+
+
+def test_groups_apart_do_not_see_each_other():
+    tokens = PACKER.pack(make_batch(), "pretrain")
+    model = make_model(PACKER).eval()
+    d = draw(tokens, CONFIG, generator())
+    t = torch.full(tokens.x.shape[:2], 0.5)
+    apart = d.masked
+    z = d.noise
+    changed = torch.where(apart[..., None], z + 1, z)
+    for seen in (apart, None):
+        a, b = (model(x, t, tokens, apart=seen)[0] for x in (z, changed))
+        rest = ~apart & tokens.where("generated")
+        assert torch.equal(a[rest], b[rest]) == (seen is not None)
+    whole = model(z, t, tokens, apart=torch.zeros_like(apart))[0]  # one group: as without
+    torch.testing.assert_close(whole, model(z, t, tokens)[0], atol=1e-5, rtol=1e-5)
+    student, teacher = Recorder(make_model(PACKER)), Recorder(make_model(PACKER, seed=1))
+    loss(student, teacher, tokens, replace(CONFIG, apart=1.0), generator())
+    assert torch.equal(student.apart, d.masked)
+
+
+def test_layer_sync_pulls_a_layer_to_a_later_one():
+    tokens = PACKER.pack(make_batch(), "pretrain")
+    model, config = make_model(PACKER), objective("layer_sync", levels=CONFIG.levels)
+    total, terms = loss(model, None, tokens, config, generator())
+    d = draw(tokens, config, generator())
+    tau = student_levels(d, tokens, config)
+    z = interpolate(tokens.x, d.noise, per_token(tau))[0]
+    early, late = model(z, tau, tokens, (1, 3))[1]
+    cosine = torch.nn.functional.cosine_similarity(early, late.detach(), dim=-1).mean()
+    torch.testing.assert_close(total, terms["loss_video"] + 0.5 * (1 - cosine))
+    total.backward()
+    assert model.projector[0].weight.grad is None
+
+
+def test_repa_predicts_what_the_encoder_says():
+    tokens = PACKER.pack(make_batch(), "joint_plan")
+    span = tokens.rows("video", "generated")
+    model = make_model(PACKER, replace(SMALL, feature_width=12))
+    config = objective("repa", levels=CONFIG.levels, draws=2)
+    targets = torch.randn(2, span.stop - span.start, 12, generator=generator())
+    total, terms = loss(model, None, tokens, config, generator(), targets)
+    model.projector.register_forward_hook(lambda *_: targets.repeat_interleave(2, 0))
+    perfect = loss(model, None, tokens, config, generator(), targets)[1]
+    assert terms["cosine"] < 0.5 and perfect["cosine"] == pytest.approx(1)
+    torch.testing.assert_close(total.detach() - 0.5 * (1 - terms["cosine"]), terms["loss_video"] + terms["loss_action"])
+
+
+def test_dropped_conditions_are_dropped_for_both():
+    tokens = PACKER.pack(make_batch(16), "policy")
+    student, teacher = Recorder(make_model(PACKER)), Recorder(make_model(PACKER, seed=1))
+    config = replace(CONFIG, condition_dropout=0.5, draws=2)
+    loss(student, teacher, tokens, config, generator())
+    dropped = draw(tokens, config, generator()).dropped[::2, 0]
+    assert 2 < dropped.sum() < 14
+    for network in (student, teacher):
+        proprio = network.tokens.x[:, tokens.rows("proprio", "given"), :10]
+        assert not proprio[dropped].any() and proprio[~dropped].all()
+        assert not network.tokens.text[dropped].any()
+        assert torch.equal(network.tokens.text[~dropped], tokens.text[~dropped])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_of_a_batch_draw_what_the_whole_does(method):
+    """The loss of two halves on two machines averages to the loss of the whole."""
+    tokens = PACKER.pack(make_batch(4), "joint_plan")
+    config = replace(objective(method), given_noise=0.2, draws=2)
+    whole = draw(tokens, config, generator())
+    halves = [
+        draw(replace(tokens, x=x, frames=frames), config, generator(), (k, 2))
+        for k, (x, frames) in enumerate(zip(tokens.x.chunk(2), tokens.frames.chunk(2)))
+    ]
+    for name, value in vars(whole).items():
+        parts = [getattr(half, name) for half in halves]
+        if value is not None:
+            assert torch.equal(torch.cat(parts, 1 if name == "action" else 0), value), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method):
+    tokens = PACKER.pack(make_batch(), "joint_plan")
+    span = tokens.rows("video", "generated")
+    target = torch.randn(2, span.stop - span.start, 32, generator=generator()) if method == "repa" else None
+    student, teacher = make_model(PACKER), make_model(PACKER, seed=1)
+    config = objective(method)
+    total, terms = loss(student, teacher if config.needs_teacher else None, tokens, config, generator(), target)
+    total.backward()
+    assert all(g.isfinite().all() for g in gradients(student).values())
+    assert ("cosine" in terms) == (config.features != "none")
+    plain, same = (loss(make_model(PACKER), None, tokens, c, generator())[0]
+                   for c in (objective("flow_matching"), config.switched_off()))  # fmt: skip
+    assert torch.equal(plain, same)
+
+
 class Recorder(torch.nn.Module):
     """Stands for a network: writes down what it is shown."""
 
@@ -89,16 +272,16 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.model, self.config, self.channels, self.projector = model, model.config, model.channels, model.projector
 
-    def forward(self, z, t, tokens, feature_layer, cache):
-        self.seen = z, t, self.frames
-        return self.model(z, t, tokens, feature_layer, cache)
+    def forward(self, z, t, tokens, feature_layer, cache, apart):
+        self.seen, self.apart = (z, per_token(t), self.frames), apart
+        return self.model(z, t, tokens, feature_layer, cache, apart)
 
     def features(self, z, t, tokens, layer, cache):
-        self.seen, self.layer, self.grad = (z, t, self.frames), layer, torch.is_grad_enabled()
+        self.seen, self.layer, self.grad = (z, per_token(t), self.frames), layer, torch.is_grad_enabled()
         return self.model.features(z, t, tokens, layer, cache)
 
     def prefix_cache(self, z, t, tokens, layers=None):
-        self.frames = tokens.frames
+        self.frames, self.tokens = tokens.frames, tokens
         return self.model.prefix_cache(z, t, tokens, layers)
 
 
@@ -181,7 +364,7 @@ def repeat(batch, times):
 
 def test_losses_are_means_per_modality_times_their_weights():
     tokens = PACKER.pack(make_batch(), "joint_plan")
-    config = SelfFlowConfig(method="flow_matching", video_weight=0.5, action_weight=3.0)
+    config = objective("flow_matching", video_weight=0.5, action_weight=3.0)
     total, terms = loss(make_model(PACKER), None, tokens, config, generator())
     torch.testing.assert_close(total.detach(), 0.5 * terms["loss_video"] + 3 * terms["loss_action"])
     # a masked-out token changes nothing
@@ -211,6 +394,8 @@ def test_ema():
 def test_layers_and_bad_settings():
     assert SelfFlowConfig().layers(28) == (8, 20)  # SiT-XL, as in the paper
     assert SelfFlowConfig().layers(8) == (2, 6)
-    for bad in ({"method": "fm"}, {"mask_ratio": 0.6}, {"student_layer": 0.8}):
-        with pytest.raises(ValueError, match=r"method|mask_ratio"):
+    with pytest.raises(ValueError, match="method 'fm': choose one of self_flow, flow_matching"):
+        objective("fm")
+    for bad in ({"scheduling": "both"}, {"mask_ratio": 0.6}, {"action_mask_ratio": 0.6}, {"student_layer": 0.8}):
+        with pytest.raises(ValueError, match=r"scheduling|mask_ratio|student_layer"):
             SelfFlowConfig(**bad)
