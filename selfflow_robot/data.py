@@ -36,7 +36,8 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 IMAGE_PREFIX = "observation.images."
 VIEW = "overhead"
 VECTORS = {"observation.state": PROPRIO_NAMES, "action": ACTION_NAMES, "action.executed": ACTION_NAMES}
-ENVIRONMENT = "observation.environment_state"  # optional; LeRobot's name for what only a simulator knows
+# What only a simulator knows; optional. Not `observation.*`: LeRobot would give that to its policies as an input.
+ENVIRONMENT = "environment_state"
 COUNTERS = ("frame_index", "episode_index", "index", "task_index")
 RECORD_KEY = b"selfflow_robot"  # parquet schema metadata: what `finalize` knows about an episode
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
@@ -682,9 +683,10 @@ class Windows:
         """indices (B,) -> a batch; T = len(past) + len(future), H = horizon.
 
         video uint8 (B, T, H, W, 3), video_mask bool (B, T), proprio (B, P), action and executed (B, H, A),
-        action_mask bool (B, H), instruction: B strings, index int64 (B,). Frames before the episode repeat its first
-        one, as in the control loop; what lies beyond its end repeats the last and is masked out. So are the actions
-        after a change of instruction: nobody can foresee it, and a policy that waits for it must not learn to guess.
+        action_mask bool (B, H), instruction: B strings, index int64 (B,); where cached, latents (B, T, h, w, C).
+        Frames before the episode repeat its first one, as in the control loop; what lies beyond its end repeats the
+        last and is masked out. So are the actions after a change of instruction: nobody can foresee it, and a policy
+        that waits for it must not learn to guess.
         """
         indices = np.asarray(indices, np.int64)
         now, first, last = (array[indices, None] for array in (self.now, self.first, self.last))  # (B, 1)

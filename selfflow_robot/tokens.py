@@ -7,6 +7,7 @@ B batch, T frames, h x w patches, N tokens, C channels (the widest kind's; narro
 L bytes, H horizon.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,9 +104,9 @@ class Packer(nn.Module):
     deviation. A number that never varies in the data is left as it is, minus its mean for proprioception.
     """
 
-    def __init__(self, layout: Layout, codec: CodecConfig):
+    def __init__(self, layout: Layout, codec: CodecConfig | Codec):
         super().__init__()
-        self.layout, self.codec = layout, Codec(codec)
+        self.layout, self.codec = layout, codec if isinstance(codec, Codec) else Codec(codec)
         for name, size in (("action", ACTION_DIM), ("proprio", PROPRIO_DIM)):
             self.register_buffer(f"{name}_centre", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
@@ -134,8 +135,9 @@ class Packer(nn.Module):
         """A batch of `data.Windows.gather`, or only the parts of it that the mode gives, -> Tokens.
 
         video uint8 (B, T, H, W, 3): past frames, then (where given or to be learned) future ones; action, executed
-        (B, H, 7); proprio (B, P); instruction: B strings. Policies learn what the expert would do (`action`); wherever
-        actions explain the video they are what was done (`executed`). Raises ValueError on a wrong shape.
+        (B, H, 7); proprio (B, P); instruction: B strings; where cached, latents (B, T, h, w, C) as `codec.raw` gives
+        them. Policies learn what the expert would do (`action`); wherever actions explain the video they are what was
+        done (`executed`). Raises ValueError on a wrong shape.
         """
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
@@ -158,7 +160,7 @@ class Packer(nn.Module):
         frame_mask = batch.get("video_mask", torch.ones(B, T, dtype=torch.bool)).to(device)
         given_frames = []
         for role, offsets, first in ((past_role, layout.past, 0), (future_role, layout.future, num_past)):
-            if role is None:
+            if role is None or not offsets:
                 continue
             if first and num_past == T:  # to be imagined
                 if role == GIVEN:
@@ -166,10 +168,10 @@ class Packer(nn.Module):
                 latents = torch.zeros(B, len(offsets), *self.grid, self.codec.config.channels, device=device)
                 mask = torch.ones(B, len(offsets), dtype=torch.bool, device=device)
             else:
-                frames = video[:, first : first + len(offsets)]
-                latents, mask = self.codec.encode(frames), frame_mask[:, first : first + len(offsets)]
+                part = slice(first, first + len(offsets))
+                latents, mask = self._latents(batch, video, part), frame_mask[:, part]
                 if role == GIVEN:
-                    given_frames.append(frames)
+                    given_frames.append(video[:, part])
             ids = _ids("video", offsets, *self.grid)
             parts.append(
                 ("video", role, latents.flatten(1, 3), ids, mask.repeat_interleave(self.grid[0] * self.grid[1], 1))
@@ -185,6 +187,16 @@ class Packer(nn.Module):
         frames = to_float(torch.cat(given_frames, 1)) if given_frames else None
         return _join(sorted(parts, key=lambda part: part[1] != GIVEN), max(self.channels.values()), text, frames)
 
+    def _latents(self, batch: dict, video: Tensor, part: slice) -> Tensor:  # of some frames, (B, n, h, w, C)
+        if "latents" in batch:
+            raw, frame = batch["latents"], (*self.grid, self.codec.config.channels)
+            if len(raw) != len(video) or raw.shape[1] < part.stop or raw.shape[2:] != frame:
+                raise ValueError(f"latents {tuple(raw.shape)}: this codec gives {frame} for each of {part.stop} frames")
+            return self.codec.normalise(raw[:, part].to(video.device).float())
+        if self.codec.framewise:
+            return self.codec.encode(video[:, part])
+        return self.codec.encode(video[:, : part.stop])[:, part]  # what comes later has no influence
+
     def normalise_action(self, action: Tensor) -> Tensor:  # (..., 7)
         return (action.float() - self.action_centre) / self.action_scale
 
@@ -199,8 +211,11 @@ class Packer(nn.Module):
 
     def video(self, tokens: Tokens, z: Tensor) -> Tensor:
         """Generated video tokens of z (B, N, C) -> uint8 (B, T, H, W, 3)."""
-        latents = z[:, tokens.rows("video", GENERATED), : self.channels["video"]]
-        return self.codec.decode(latents.unflatten(1, (-1, *self.grid)))
+        generated = tokens.rows("video", GENERATED)
+        given = slice(0, 0) if self.codec.framewise else tokens.rows("video", GIVEN)  # decoded along: the clip's past
+        latents = torch.cat([z[:, rows, : self.channels["video"]] for rows in (given, generated)], 1)
+        frames = self.codec.decode(latents.unflatten(1, (-1, *self.grid)))
+        return frames[:, (given.stop - given.start) // math.prod(self.grid) :]
 
 
 def generate(model, tokens: Tokens, steps: int, generator: torch.Generator, alpha: float = 1.0) -> Tensor:
