@@ -5,17 +5,26 @@
     python experiments/benchmark.py env --width 640 --height 512  at upstream's resolution
     python experiments/benchmark.py vector --workers 2            several environments against one
     python experiments/benchmark.py memory --resets 1000          resident memory over many resets
+    python experiments/benchmark.py train --model small           what Self-Flow and per-token levels cost
+    python experiments/benchmark.py train --reference ../Self-Flow   and against the published network
+
+`train --reference PATH` is a checkout of github.com/black-forest-labs/Self-Flow; its network needs timm. CPU times are
+those of the processor, so that other programs do not count.
 
 Each process is held to one core (LP_NUM_THREADS=1 unless set: software Vulkan takes all cores otherwise). Quote a quiet
 machine; `--json` prints one object.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from itertools import repeat
+from pathlib import Path
 
 os.environ.setdefault("LP_NUM_THREADS", "1")  # before the Vulkan driver loads
 
@@ -124,6 +133,223 @@ def benchmark_memory(task: str, resets: int) -> dict:
     return {"task": task, "resets": resets, "mib": samples, "growth_mib": settled[-1] - settled[0]}
 
 
+def benchmark_train(
+    model: str, batch_size: int, rounds: int, device: str, reference: Path | None = None, data: Path | None = None
+) -> dict:
+    """Whole training steps of both methods, scalar against per-token levels, fp32 against bf16, ours against the
+    published network, interleaved so that all meet the same machine; medians of `rounds`, ratios round by round."""
+    import torch
+
+    from selfflow_robot import plan
+    from selfflow_robot.codec import CodecConfig
+    from selfflow_robot.model import Model, precision, preset
+    from selfflow_robot.selfflow import objective
+    from selfflow_robot.tokens import Layout, Packer
+
+    torch.manual_seed(0)
+    packer = Packer(Layout(future=(4, 8)), CodecConfig()).to(device)
+    network, config = Model(preset(model), packer.channels).to(device), preset(model)
+    batch = {"video": torch.randint(0, 256, (batch_size, 3, 128, 160, 3), dtype=torch.uint8)}
+    steps = {method: training_steps(network, packer, batch, method) for method in ("flow_matching", "self_flow")}
+    variants = {f"step {method}": take for method, take in steps.items()}
+    variants |= level_steps(network, packer.pack(batch, "pretrain"))
+    variants |= precision_steps(network, packer.pack(batch, "pretrain"))
+    if reference:
+        variants |= reference_steps(reference, config, batch_size, device)
+    samples = interleaved(variants, rounds, device)
+    ratios = {
+        "selfflow_step_ratio": ("step self_flow", "step flow_matching"),
+        "per_token_ratio": ("per-token levels", "scalar levels"),
+        "bf16_speedup": ("fp32", "bf16"),
+        "reference_forward_speedup": ("published forward", "our forward"),
+        "reference_step_speedup": ("published step", "our step"),
+    }
+    measured = {key: spread(samples[a], samples[b]) for key, (a, b) in ratios.items() if a in samples}
+    tokens, goals = plan.blank_tokens(packer, "pretrain"), {m: objective(m) for m in steps}
+    flops = {m: plan.step_flops(config, packer.channels, tokens, goals[m], batch_size) for m in steps}
+    seconds = {name: statistics.median(times) for name, times in samples.items()}
+    peak = plan.peak_flops(device)
+    result = {
+        "model": model,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "precision": "bf16" if isinstance(precision(device), torch.autocast) else "fp32",
+        **{key: ratio["median"] for key, ratio in measured.items()},
+        "spread": measured,
+        "selfflow_flops_ratio": flops["self_flow"] / flops["flow_matching"],
+        "seconds": seconds,
+        "mfu": {m: flops[m] / seconds[f"step {m}"] / peak for m in steps} if peak else None,
+    }
+    if data:
+        result["loader_ratio"] = loader_rate(data, batch_size) * seconds["step self_flow"] / batch_size
+    return result
+
+
+def training_steps(network, packer, batch: dict, method: str) -> Callable[[], None]:
+    """One call is one step of `train.train`: pack, loss, backward, clip, optimiser, averaged weights."""
+    from copy import deepcopy
+
+    from selfflow_robot import train
+    from selfflow_robot.selfflow import loss, objective
+
+    schedule = train.TrainConfig(steps=1_000_000)
+    state, goal = train.new_state(deepcopy(network), schedule), objective(method, given_noise=0.2)
+
+    def loss_fn(model, teacher, batch, generator):
+        return loss(model, teacher, packer.pack(batch, "pretrain"), goal, generator)
+
+    steps = train.train(state, repeat(batch), loss_fn, schedule)
+    return lambda: next(steps) and None
+
+
+def forward_backward(network, function: Callable, bf16: bool = True) -> Callable[[], None]:
+    """One call: function() -> a tensor, the mean of its squares backwards, gradients dropped."""
+    import torch
+
+    device = next(network.parameters()).device.type
+
+    def take():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            output = function()
+        output.float().square().mean().backward()
+        network.zero_grad()
+
+    return take
+
+
+def level_steps(network, tokens) -> dict[str, Callable[[], None]]:
+    """Conditioning on one level per sample, and on two of which every token has one."""
+    import torch
+
+    from selfflow_robot.model import Levels
+
+    B, N = tokens.x.shape[:2]
+    values, index = (
+        torch.rand(B, 3, device=tokens.x.device),
+        torch.zeros(B, N, dtype=torch.long, device=tokens.x.device),
+    )
+    several = (torch.rand(B, N, device=tokens.x.device) < 0.1).long()
+    several[:, : tokens.prefix] = 2
+    shapes = {"scalar levels": values[:, :1].contiguous(), "per-token levels": Levels(values, several)}
+    shapes["scalar levels"] = Levels(shapes["scalar levels"], index) if tokens.x.device.type == "cpu" else values[:, :1]
+    return {name: forward_backward(network, lambda t=t: network(tokens.x, t, tokens)[0]) for name, t in shapes.items()}
+
+
+def precision_steps(network, tokens) -> dict[str, Callable[[], None]]:
+    import torch
+
+    t = torch.rand(tokens.x.shape[0], 1, device=tokens.x.device)
+    return {
+        name: forward_backward(network, lambda: network(tokens.x, t, tokens)[0], bf16=name == "bf16")
+        for name in ("bf16", "fp32")
+    }
+
+
+def reference_steps(folder: Path, config, batch_size: int, device: str) -> dict[str, Callable[[], None]]:
+    """Forward, and forward and backward, of both networks: equal width, depth, heads and tokens (16 x 16 of 16
+    channels), every token with a level of its own out of two per sample, both in bf16."""
+    import torch
+
+    from selfflow_robot.model import Levels, Model
+    from selfflow_robot.tokens import GENERATED, Span, Tokens
+
+    N, C = 256, 16
+    published = load_reference(folder).SelfFlowPerTokenDiT(
+        input_size=32, patch_size=2, in_channels=4, hidden_size=config.width, depth=config.depth,
+        num_heads=config.heads, mlp_ratio=4.0, num_classes=1000, learn_sigma=False,
+    ).to(device)  # fmt: skip
+    ours = Model(config, {"video": C, "action": 7, "proprio": 10}).to(device)
+    x, values = torch.randn(batch_size, N, C, device=device), torch.rand(batch_size, 2, device=device)
+    index = (torch.rand(batch_size, N, device=device) < 0.25).long()
+    levels, labels = Levels(values, index), torch.zeros(batch_size, dtype=torch.long, device=device)
+    ids = torch.cartesian_prod(*(torch.arange(n, device=device) for n in (1, 16, 16, 1))).float()
+    weight, spans = torch.ones(batch_size, N, device=device), (Span("video", GENERATED, 0, N),)
+    tokens = Tokens(x=x, ids=ids, weight=weight, spans=spans, text=None, frames=None)
+    calls = {
+        "published": (published, lambda: published(x, levels.per_token(), labels)),
+        "our": (ours, lambda: ours(x, levels, tokens)[0]),
+    }
+
+    def forward(call):
+        def take():
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                call()
+
+        return take
+
+    return {f"{name} forward": forward(call) for name, (_, call) in calls.items()} | {
+        f"{name} step": forward_backward(network, call) for name, (network, call) in calls.items()
+    }
+
+
+def load_reference(folder: Path):
+    """The module src/model.py of a checkout."""
+    path = folder / "src" / "model.py"
+    if not path.exists():
+        sys.exit(f"error: {path} is not there: --reference needs a checkout of github.com/black-forest-labs/Self-Flow")
+    spec = importlib.util.spec_from_file_location("published_self_flow", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the published network needs {error.name}: pip install {error.name}")
+    return module
+
+
+def interleaved(variants: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of `rounds` calls of each, in turns, after one that does not count."""
+    import torch
+
+    cpu = torch.device(device).type == "cpu"
+    clock, samples = time.process_time if cpu else time.perf_counter, {name: [] for name in variants}
+    for number in track(range(rounds + 1), "rounds", disable=not sys.stderr.isatty()):
+        for name, take in variants.items():
+            start = clock()
+            take()
+            if not cpu:
+                torch.cuda.synchronize()
+            if number:
+                samples[name].append(clock() - start)
+    return samples
+
+
+def spread(numerator: list[float], denominator: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratio, round by round."""
+    low, median, high = np.percentile(np.array(numerator) / np.array(denominator), [25, 50, 75])
+    return {"low": float(low), "median": float(median), "high": float(high)}
+
+
+def loader_rate(folder: Path, batch_size: int, batches: int = 20) -> float:
+    """Windows per second that the data set delivers, decoded."""
+    from selfflow_robot import data
+
+    dataset = data.open_dataset(str(folder))
+    source = data.batches(data.windows(dataset, (0,), (4, 8), horizon=1), batch_size, seed=0, start=0)
+    next(source)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(source)
+    return batches * batch_size / (time.perf_counter() - start)
+
+
+def lines(result: dict) -> list[str]:
+    """Of `benchmark_train`, for people."""
+    limits = {"selfflow_step_ratio": "at most 1.27", "per_token_ratio": "at most 1.05", "bf16_speedup": "2 with AMX"}
+    limits |= {"reference_forward_speedup": "1.3", "reference_step_speedup": "1.3", "loader_ratio": "at least 2"}
+    text = [f"{result['model']}, {result['batch_size']} windows, {result['device']}, {result['precision']}"]
+    text += [f"{name:24} {1000 * seconds:9.1f} ms" for name, seconds in result["seconds"].items()]
+    for key, limit in limits.items():
+        if key in result:
+            quartiles = result["spread"].get(key)
+            between = f", quartiles {quartiles['low']:.3f} to {quartiles['high']:.3f}" if quartiles else ""
+            text.append(f"{key:26} {result[key]:.3f} (target {limit}{between})")
+    text.append(f"{'selfflow_flops_ratio':26} {result['selfflow_flops_ratio']:.3f}: by arithmetic, projector included")
+    for method, share in (result["mfu"] or {}).items():
+        text.append(f"{'model FLOPs utilisation':26} {share:.0%} ({method})")
+    return text
+
+
 def resident_mib() -> float:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -131,7 +357,7 @@ def resident_mib() -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["env", "vector", "memory"])
+    parser.add_argument("what", choices=["env", "vector", "memory", "train"])
     parser.add_argument("--task", default="open_and_place", help="a task, or all (env)")
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
@@ -139,9 +365,27 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100, help="control steps measured (vector)")
     parser.add_argument("--resets", type=int, default=200)
+    parser.add_argument("--model", default="tiny", help="preset (train)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per step (train)")
+    parser.add_argument("--rounds", type=int, default=15, help="of all variants in turn (train)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (train); 0: torch's choice")
+    parser.add_argument(
+        "--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one (train)"
+    )
+    parser.add_argument("--reference", type=Path, help="checkout of the published Self-Flow (train)")
+    parser.add_argument("--data", type=Path, help="a data set, to time the loader too (train)")
     parser.add_argument("--json", action="store_true", help="print one object instead of lines")
     arguments = parser.parse_args()
-    if arguments.what == "vector":
+    if arguments.what == "train":
+        import torch
+
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        a = arguments
+        result = benchmark_train(a.model, a.batch_size, a.rounds, device, a.reference, a.data)
+        text = lines(result)
+    elif arguments.what == "vector":
         result = benchmark_vector(arguments.task, arguments.workers, arguments.steps)
         text = [f"{n} environments: {rate:.1f} control steps/s" for n, rate in result["steps_per_second"].items()]
         text.append(f"scaling efficiency {result['scaling_efficiency']:.2f}")
