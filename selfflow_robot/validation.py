@@ -1,16 +1,16 @@
-"""Measured on held-out episodes during training: losses at uniform noise levels, and sampled actions in real units."""
+"""Measured on held-out episodes during training: losses by noise level, and sampled actions in real units."""
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from selfflow_robot.data import Dataset, windows
-from selfflow_robot.flow import TimestepDistribution
+from selfflow_robot.flow import interpolate
 from selfflow_robot.model import Model
-from selfflow_robot.selfflow import SelfFlowConfig, loss
-from selfflow_robot.tokens import Layout, Packer, generate
+from selfflow_robot.tokens import GENERATED, HIDDEN, Layout, Packer, Tokens, generate
 
-UNIFORM = SelfFlowConfig(method="flow_matching", levels=TimestepDistribution("uniform"))
 SAMPLE_STEPS = 8
+BINS = 5  # of noise levels, of equal width
 
 
 def held_out(dataset: Dataset, layout: Layout, count: int = 64) -> dict | None:
@@ -21,25 +21,63 @@ def held_out(dataset: Dataset, layout: Layout, count: int = 64) -> dict | None:
     return source.gather(np.unique(np.linspace(0, len(source) - 1, count).astype(int)))
 
 
+def loss_by_level(model: Model, tokens: Tokens, kind: str, bins: int = BINS) -> dict[str, float]:
+    """{"validation/loss_<kind>": mean, "validation/loss_<kind>/t0.0-0.2": ...}: flow loss at uniform levels, by level.
+
+    Every window is seen once per bin, at one level for all its tokens; noise and the place within the bin are the same
+    in all bins and at every call, so that curves differ by what was learned alone. What is given is clean.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tokens.x.shape, generator=generator).to(tokens.x.device)
+    within = torch.rand(len(noise), 1, generator=generator).to(noise.device)  # (B, 1)
+    generated, hidden = tokens.where(GENERATED), tokens.where(HIDDEN)
+    clean = torch.zeros_like(tokens.x[..., 0])  # (B, N)
+    cache = model.prefix_cache(tokens.x, clean, tokens)
+
+    def loss(t: Tensor) -> Tensor:  # (B, 1) -> scalar
+        level = torch.where(generated, t, torch.where(hidden, 1.0, clean))
+        z, velocity = interpolate(tokens.x, noise, level)
+        predicted, _ = model(z, level, tokens, cache=cache)
+        span, channels = tokens.rows(kind, GENERATED), model.channels[kind]
+        error = (predicted - velocity)[:, span, :channels].square().mean(-1)  # (B, n)
+        counted = tokens.weight[:, span]
+        return (error * counted).sum() / counted.sum().clamp_min(1)
+
+    losses = [loss((number + within) / bins).item() for number in range(bins)]
+    name = f"validation/loss_{kind}"
+    by_bin = {f"{name}/t{i / bins:.1f}-{(i + 1) / bins:.1f}": value for i, value in enumerate(losses)}
+    return {name: sum(losses) / bins} | by_bin
+
+
 @torch.no_grad()
 def video_loss(model: Model, packer: Packer, batch: dict, mode: str) -> dict[str, float]:
-    """Flow loss of the predicted frames, the same noise every time."""
-    _, terms = loss(model, None, packer.pack(batch, mode), UNIFORM, torch.Generator().manual_seed(0))
-    return {"validation/loss_video": terms["loss_video"].item()}
+    """Flow loss of the predicted frames, by noise level."""
+    return loss_by_level(model, packer.pack(batch, mode), "video")
 
 
 @torch.no_grad()
 def action_errors(model: Model, packer: Packer, batch: dict) -> dict[str, float]:
-    """Flow loss of the actions, and mean absolute errors of sampled chunks against the expert, in canonical units."""
+    """Flow loss of the actions by noise level, and mean absolute errors of sampled chunks against the expert, in
+    canonical units."""
     tokens = packer.pack(batch, "policy")
-    _, terms = loss(model, None, tokens, UNIFORM, torch.Generator().manual_seed(0))
     z = generate(model, tokens, SAMPLE_STEPS, torch.Generator().manual_seed(0))
     device = tokens.x.device
     error = packer.actions(tokens, z) - batch["action"].to(device)  # (B, H, 7)
     real = batch["action_mask"].to(device)  # (B, H)
-    return {
-        "validation/loss_action": terms["loss_action"].item(),
+    return loss_by_level(model, tokens, "action") | {
         "validation/action_mm": 1000 * error[..., :3].norm(dim=-1)[real].mean().item(),
         "validation/action_degrees": torch.rad2deg(error[..., 3:6].norm(dim=-1)[real].mean()).item(),
         "validation/action_gripper": error[..., 6].abs()[real].mean().item(),
     }
+
+
+@torch.no_grad()
+def sample_video(model: Model, packer: Packer, batch: dict, mode: str, count: int = 4) -> np.ndarray:
+    """The first windows of a batch, real above and as expected below, side by side: uint8 (T, 2 H, count W, 3). What is
+    given is real in both."""
+    few = {name: value[:count] for name, value in batch.items()}
+    tokens = packer.pack(few, mode)
+    z = generate(model, tokens, SAMPLE_STEPS, torch.Generator().manual_seed(0))
+    real, expected = few["video"], packer.video(tokens, z).cpu()  # (B, T, H, W, 3), (B, F, H, W, 3)
+    below = torch.cat([real[:, : real.shape[1] - expected.shape[1]], expected], 1)
+    return torch.cat([real, below], 2).permute(1, 2, 0, 3, 4).flatten(2, 3).numpy()
