@@ -18,17 +18,18 @@ def finetune(cfg: FinetuneConfig) -> Path:
     """Train to the end, or continue; returns the run folder."""
     import torch
 
-    from selfflow_robot import data, train
-    from selfflow_robot.codec import CodecConfig
+    from selfflow_robot import data, latents, plan, train
+    from selfflow_robot.flow import TimestepDistribution
     from selfflow_robot.model import Model, preset
-    from selfflow_robot.selfflow import SelfFlowConfig, loss
+    from selfflow_robot.processes import join, part_loss
     from selfflow_robot.tokens import MODES, VIDEO_ONLY, Layout, Packer
-    from selfflow_robot.validation import action_errors, held_out, video_loss
+    from selfflow_robot.validation import action_errors, held_out, sample_video, video_loss
 
     if wrong := cfg.modes.keys() - (MODES.keys() - set(VIDEO_ONLY)):
         raise ValueError(
             f"modes: {', '.join(sorted(wrong))} unknown; there are {', '.join(MODES.keys() - set(VIDEO_ONLY))}"
         )
+    processes = join(cfg.device, cfg.sharding)
     dataset, device = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
     folder = Path("runs") / cfg.name
     height, width, _ = dataset.image_shape
@@ -37,38 +38,44 @@ def finetune(cfg: FinetuneConfig) -> Path:
 
     backbone, backbone_hash = choose_backbone(cfg, folder)
     if backbone is None:
-        packer = Packer(layout, CodecConfig())
-        sample = range(0, len(windows), max(1, len(windows) // 1024))
-        packer.codec.fit(windows.gather([index])["video"][:, :1] for index in sample)
+        packer = Packer(layout, latents.open_codec("dct", windows))
         model = Model(preset(cfg.model), packer.channels, packer.codec.config.patch)
     else:
         model, pretrained, _ = backbone
-        if model.config != preset(cfg.model):
+        if replace(model.config, feature_width=0) != preset(cfg.model):
             raise ValueError(f"{cfg.pretrained or 'the newest pretraining'} is not of preset {cfg.model}: give --model")
-        packer = Packer(layout, pretrained.codec.config)
-        packer.codec.load_state_dict(pretrained.codec.state_dict())
+        packer = Packer(layout, pretrained.codec)
         model.train().requires_grad_(True)
     packer.fit_statistics(dataset.stats)
     model, packer = model.to(device), packer.to(device)
-    objective = SelfFlowConfig(
-        method="self_flow" if cfg.self_flow_terms else "flow_matching",
-        levels=train.levels(cfg),
-        mask_ratio=cfg.mask_ratio,
-        feature_weight=cfg.feature_weight,
-        student_layer=cfg.student_layer,
-        teacher_layer=cfg.teacher_layer,
+    objective = train.objective(
+        cfg,
+        cfg.method if cfg.self_flow_terms else "flow_matching",
+        action_noise=cfg.action_noise,
+        action_mask_ratio=cfg.action_mask_ratio,
+        action_levels=TimestepDistribution(cfg.action_levels, cfg.action_shift),
         video_weight=cfg.video_weight,
         action_weight=cfg.action_weight,
     )
+    if objective.features == "encoder" or (objective.features == "teacher" and model.config.feature_width):
+        raise ValueError("fine-tuning has no external encoder: leave self_flow_terms off after repa")
+    modes = plan.by_mode(packer, cfg.modes, objective, cfg.draws)
+    if cfg.plan:
+        plan.show(cfg.name, model.config, packer.channels, modes, cfg.batch_size, cfg.steps, device, cfg.gpu_hour_price)
+        return folder
+    model.activation_checkpointing = cfg.activation_checkpointing
+    state = train.new_state(model, train.schedule(cfg), processes)
     names, weights = list(cfg.modes), torch.tensor(list(cfg.modes.values()))
 
     def loss_fn(model, teacher, batch, generator):
         mode = names[torch.multinomial(weights, 1, generator=generator)]
-        config = replace(objective, draws=cfg.draws if mode == "policy" else 1)
-        total, terms = loss(model, teacher, packer.pack(batch, mode), config, generator)
+        config = objective.switched_off() if cfg.switch_off and state.step >= cfg.switch_off else objective
+        config = replace(config, draws=cfg.draws if mode == "policy" else 1)
+        total, terms = part_loss(model, teacher, lambda: packer.pack(batch, mode), config, generator)
         return total, {name if name == "loss" else f"{name}/{mode}": term for name, term in terms.items()}
 
     batch = held_out(dataset, layout)
+    windows = latents.cached(windows, packer.codec, cfg.cache_latents)
 
     def validate(model):
         if batch is None:
@@ -77,7 +84,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
 
     train.fit(
         folder,
-        train.new_state(model, train.schedule(cfg)),
+        state,
         packer,
         train.schedule(cfg),
         {
@@ -86,12 +93,16 @@ def finetune(cfg: FinetuneConfig) -> Path:
             "identity": train.identity(cfg, dataset) | {"pretrained": backbone_hash},
             "config": asdict(cfg),
         },
-        batches=lambda step: data.batches(windows, cfg.batch_size, cfg.seed, step),
+        batches=lambda step: data.batches(processes.part(windows), cfg.batch_size, cfg.seed, step),
         loss_fn=loss_fn,
         validate=validate,
         save_every=cfg.save_every,
         validate_every=cfg.validate_every,
         wandb_mode=cfg.wandb,
+        sample=lambda model: sample_video(model, packer, batch, "world_model") if batch else None,
+        sample_every=cfg.sample_every,
+        flops_per_step=plan.mean_step_flops(model.config, packer.channels, modes, cfg.batch_size),
+        peak_flops=plan.peak_flops(device),
     )
     return folder
 
@@ -107,8 +118,7 @@ def choose_backbone(cfg: FinetuneConfig, folder: Path):
     if found is None:
         if begun := checkpoint.saved(folder / "checkpoint"):
             manifest = checkpoint.read_manifest(begun[-1])
-            model, packer = checkpoint.build(manifest, folder)  # the weights are about to be restored
-            return (model, packer, manifest), manifest["identity"]["pretrained"]
+            return checkpoint.load_model(folder), manifest["identity"]["pretrained"]  # its codec, and the right shapes
         found = checkpoint.newest_run("pretrain", cfg.method)
         if found is None:
             print(f"No pretraining of method {cfg.method} in runs/: starting from scratch.", flush=True)

@@ -1,28 +1,36 @@
 """Checkpoints: one safetensors file and one JSON manifest per saved step, written atomically, the manifest last.
 
 `runs/<name>/checkpoint/step_00000300.safetensors` holds every tensor (model, EMA, optimiser, statistics),
-`step_00000300.json` what they mean (configs, action contract, data) and the tensors' SHA-256. A step without its
-manifest does not exist. Nothing is unpickled.
+`step_00000300.json` what they mean (configs, action contract, data, code version) and the tensors' SHA-256. A step
+without its manifest does not exist; the one before goes only after the new one was read back. Nothing is unpickled.
+
+`export` makes a folder in Hugging Face's layout (config.json, model.safetensors, README.md), which every function here
+reads as a checkpoint of one step.
 """
 
+import functools
 import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfflow_robot.codec import CodecConfig
+from selfflow_robot.codec import Codec, CodecConfig
 from selfflow_robot.model import Model, ModelConfig
+from selfflow_robot.processes import scatter
 from selfflow_robot.tokens import ACTION_CONTRACT, Layout, Packer
 
 FORMAT = 1
 KEEP = 2
+EXPORTED = "model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -30,25 +38,101 @@ class CheckpointError(ValueError):
 
 
 def save(folder: str | Path, step: int, tensors: dict[str, Tensor], manifest: dict) -> Path:
-    """Writes step `step` and removes all but the last KEEP steps; returns the manifest's path.
+    """Writes step `step` and a model card, and removes all but the last KEEP steps; returns the manifest's path.
 
     Raises CheckpointError when the disk refuses; what was saved before stays.
     """
     folder = Path(folder)
-    content = dump_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    manifest = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(content).hexdigest()} | manifest
     path = folder / f"step_{step:08d}.json"
-    write_atomic(path.with_suffix(".safetensors"), content)
+    sweep(folder)
+    digest = write_tensors(path.with_suffix(".safetensors"), tensors)
+    manifest = {"format": FORMAT, "step": step, "sha256": digest, "code": code_version()} | manifest
     write_atomic(path, json.dumps(manifest, indent=1).encode())
+    write_atomic(folder / "README.md", card(manifest).encode())
     for old in saved(folder)[:-KEEP]:
         old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+        tensors_of(old).unlink(missing_ok=True)
     return path
 
 
+def save_batch(folder: str | Path, step: int, batch: dict, part: tuple[int, int], about: dict) -> Path:
+    """A batch for inspection: tensors as safetensors, strings and `about` as JSON. part (k, n): the k-th of n parts."""
+    path = Path(folder) / f"step_{step:08d}_part_{part[0]}_of_{part[1]}.json"
+    write_tensors(path.with_suffix(".safetensors"), {k: v for k, v in batch.items() if isinstance(v, Tensor)})
+    others = {k: v for k, v in batch.items() if not isinstance(v, Tensor)}
+    write_atomic(path, json.dumps({"step": step, "part": part} | about | {"batch": others}, indent=1).encode())
+    return path
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Whole or not at all, and read back before it takes its place; returns the file's SHA-256. Raises CheckpointError
+    naming the file when the disk refuses, or gives back something else."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        _verify(temporary, tensors)
+        digest = sha256(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise _refused(path, error) from error
+    return digest
+
+
+def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises OSError when a file does not hold exactly these tensors."""
+    with safe_open(path, "pt") as file:
+        for name, tensor in tensors.items():
+            if not torch.equal(*(a.reshape(-1).view(torch.uint8) for a in (file.get_tensor(name), tensor))):
+                raise OSError(5, f"tensor {name} reads back differently")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sweep(folder: str | Path) -> None:
+    """Removes what a killed process left: half-written files (ours, and `.tmp*` of safetensors), and tensors without a
+    manifest."""
+    folder = Path(folder)
+    steps = {tensors_of(path) for path in saved(folder)}
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp*"), *folder.glob("step_*.safetensors")]:
+        if path not in steps:
+            path.unlink(missing_ok=True)
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Package version, and the git commit where the package lies in a checkout."""
+    try:
+        version = {"selfflow_robot": metadata.version("selfflow_robot")}
+    except metadata.PackageNotFoundError:
+        version = {"selfflow_robot": "not installed"}
+    here = Path(__file__).resolve().parent.parent
+    if (here / ".git").exists():
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        version |= {"commit": found.stdout.strip()} if found.returncode == 0 else {}
+    return version
+
+
 def saved(folder: str | Path) -> list[Path]:
-    """Manifests of the complete steps, oldest first."""
+    """Manifests of the complete steps, oldest first; of an exported folder, its one."""
+    if (Path(folder) / EXPORTED).exists() and (Path(folder) / "config.json").exists():
+        return [Path(folder) / "config.json"]
     return sorted(Path(folder).glob("step_*.json"))
+
+
+def tensors_of(manifest: Path) -> Path:
+    return manifest.with_name(EXPORTED) if manifest.name == "config.json" else manifest.with_suffix(".safetensors")
 
 
 def read_manifest(path: str | Path) -> dict:
@@ -70,14 +154,14 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not steps:
         raise CheckpointError(f"no checkpoint in {folder}")
     manifest = read_manifest(steps[-1])
-    path = steps[-1].with_suffix(".safetensors")
+    path = tensors_of(steps[-1])
     try:
-        content = path.read_bytes()
+        digest, size = sha256(path), path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}). {_remedy(steps[-1])}") from error
-    if hashlib.sha256(content).hexdigest() != manifest.get("sha256"):
-        raise CheckpointError(f"{path} is truncated or altered ({len(content)} bytes). {_remedy(steps[-1])}")
-    return load_tensors(content), manifest
+    if digest != manifest.get("sha256"):
+        raise CheckpointError(f"{path} is truncated or altered ({size} bytes). {_remedy(steps[-1])}")
+    return load_file(path), manifest
 
 
 def require_same(found: dict, wanted: dict, where: str | Path) -> None:
@@ -96,6 +180,7 @@ def describe(model: Model, packer: Packer) -> dict:
     return {
         "model": asdict(model.config),
         "codec": asdict(packer.codec.config),
+        "codec_hash": packer.codec.hash(),
         "layout": asdict(packer.layout),
         "action": ACTION_CONTRACT,
     }
@@ -116,9 +201,21 @@ def load_model(path: str | Path, weights: str = "ema") -> tuple[Model, Packer, d
     folder = find(path)
     tensors, manifest = load(folder)
     model, packer = build(manifest, folder)
-    restore(model, tensors, weights, folder)
+    restore(model, tensors, "model" if "weights" in manifest else weights, folder)  # exported: it has one set
     restore(packer, tensors, "packer", folder)
+    require_codec(manifest, packer.codec, folder)
     return model.eval().requires_grad_(False), packer.requires_grad_(False), manifest
+
+
+def require_codec(manifest: dict, codec: Codec, where: str | Path) -> None:
+    """Raises CheckpointError naming both hashes where a checkpoint was trained on the latents of another codec."""
+    trained, found = manifest.get("codec_hash"), codec.hash()  # absent in old manifests
+    if trained not in (None, found):
+        source = codec.config.source or codec.config.kind
+        raise CheckpointError(
+            f"{where} was trained with codec {trained[:16]}, but {source} is {found[:16]}: its weights have changed. "
+            "Put back those of the training."
+        )
 
 
 def collect(prefix: str, module: torch.nn.Module) -> dict[str, Tensor]:
@@ -135,16 +232,21 @@ def restore(module: torch.nn.Module, tensors: dict[str, Tensor], prefix: str, wh
     ]
     if wrong:
         raise CheckpointError(f"{where}: tensors {prefix}.{{{', '.join(wrong[:5])}}} do not fit this model")
-    module.load_state_dict(state)
+    module.load_state_dict({name: scatter(tensor, own[name].detach()) for name, tensor in state.items()})
 
 
 def find(path: str | Path, runs: str | Path = "runs") -> Path:
     """The checkpoint folder of a run name, a run folder or a checkpoint folder."""
-    for candidate in (Path(path), Path(runs) / path):
-        for folder in (candidate / "checkpoint", candidate):
-            if saved(folder):
-                return folder
+    for folder in candidates(path, runs):
+        if saved(folder):
+            return folder
     raise CheckpointError(f"no checkpoint at {path} nor in {Path(runs) / path}. Runs there: {_names(runs)}")
+
+
+def candidates(path: str | Path, runs: str | Path = "runs") -> list[Path]:
+    """Where `find` looks, in this order."""
+    places = (Path(path), Path(runs) / path)
+    return [folder for place in places for folder in (place / "checkpoint", place)]
 
 
 def newest_run(kind: str, method: str | None = None, runs: str | Path = "runs") -> Path | None:
@@ -170,10 +272,75 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} cannot be written ({error.strerror}). Nothing saved before is lost: "
-            "make room and run the same command again."
-        ) from error
+        raise _refused(path, error) from error
+
+
+def export(path: str | Path, folder: str | Path, weights: str = "ema") -> Path:
+    """A run (name or folder) as a folder in Hugging Face's layout, with the evaluation weights or, "model", the ones in
+    training; without the optimiser. `load_model` and `policies.load_policy` take it like a run.
+
+    Raises CheckpointError when the run cannot be read or the folder not written.
+    """
+    folder, found = Path(folder), find(path)
+    tensors, manifest = load(found)
+    weights = manifest.get("weights", weights)
+    prefix = "model" if "weights" in manifest else weights
+    kept = {
+        f"model.{name.removeprefix(f'{prefix}.')}": t for name, t in tensors.items() if name.startswith(f"{prefix}.")
+    }
+    if not kept:
+        raise CheckpointError(f"{found} has no weights {weights!r}: choose ema or model")
+    kept |= {name: t for name, t in tensors.items() if name.startswith("packer.")}
+    manifest = manifest | {"weights": weights, "sha256": write_tensors(folder / EXPORTED, kept)}
+    write_atomic(folder / "README.md", card(manifest).encode())
+    write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
+    return folder
+
+
+def card(manifest: dict) -> str:
+    """A model card for Hugging Face: what the network is, what it reads and what its actions mean."""
+    about = {key: manifest.get(key, {}) for key in ("model", "codec", "layout", "action", "config", "code")}
+    kind = manifest.get("kind")
+    what = {"finetune": "policy and world model", "codec": "video codec"}.get(kind, "video backbone")
+    rows = [("steps of training", manifest.get("step")), ("method", manifest.get("method"))]
+    rows += [("weights", "EMA" if manifest.get("weights", "ema") == "ema" else "in training")]
+    rows += [(f"{part}: {name}", value) for part in ("model", "codec", "layout") for name, value in about[part].items()]
+    rows += [("data", about["config"].get("data")), ("data hash", manifest.get("identity", {}).get("data_hash"))]
+    rows += [(f"code: {name}", value) for name, value in about["code"].items()]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, ""))
+    actions = ", ".join(about["action"].get("names", []))
+    load = {
+        "finetune": 'from policies import load_policy\n\npolicy = load_policy("FOLDER")',
+        "codec": 'from selfflow_robot import latents\n\ncodec = latents.load_codec("FOLDER")',
+    }.get(kind, 'from selfflow_robot import checkpoint\n\nmodel, packer, manifest = checkpoint.load_model("FOLDER")')
+    return f"""---
+library_name: selfflow_robot
+pipeline_tag: robotics
+tags: [robotics, world-model, flow-matching, self-flow]
+---
+# A Self-Flow {what}
+
+Every token has its own noise level; one network is policy, world model, inverse dynamics and video predictor.
+
+```python
+{load}
+```
+
+Actions: {actions}; {about["action"].get("units", "")}.
+
+| | |
+|---|---|
+{table}
+
+Tensors are float32 safetensors; `packer.*` are the codec's and the normalisation's statistics. Nothing is unpickled.
+"""
+
+
+def _refused(path: Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(
+        f"{path} cannot be written ({reason}). Nothing saved before is lost: make room and run the same command again."
+    )
 
 
 def _remedy(path: Path) -> str:

@@ -1,7 +1,8 @@
 """The settings of every script, one dataclass each, and `run`, which turns a command line into one of them.
 
 Defaults live here; `configs/<script>.yaml` lists only what differs. `--key value`, `--key=value` and `key=value` mean
-the same; hydra's own flags (`--cfg job`, `--multirun`) pass through. No import of torch: `--help` answers at once.
+the same, and `--key a b c` is a list; hydra's own flags (`--cfg job`, `--multirun`) pass through. No import of torch:
+`--help` answers at once.
 """
 
 # ruff: noqa: RUF009  (`key` is dataclasses.field with a line of help)
@@ -34,19 +35,31 @@ class TrainingConfig:
     """What pretraining and fine-tuning share."""
 
     data: str = key("data/open_and_place", "LeRobot data set; collected first if it is the default and absent")
-    model: str = key("tiny", "preset: tiny (4.5 M parameters) or small (25 M)")
+    model: str = key("tiny", "preset: tiny (4.5 M parameters), small (21 M), base, large, 625m, 1b or 4b")
     batch_size: int = key(32, "windows per step")
     seed: int = key(0, "of everything random")
     weight_decay: float = key(0.01, "of matrices")
     warmup: int = key(100, "steps of linear warm-up")
     cooldown: float = key(0.3, "last share of the steps, learning rate linearly to zero")
     ema: float = key(0.9999, "decay of the averaged weights (teacher, evaluation); ramped up in short runs")
-    mask_ratio: float = key(0.1, "Self-Flow: share of video tokens at the second noise level")
-    feature_weight: float = key(0.8, "Self-Flow: weight of the feature loss")
-    student_layer: float = key(0.3, "Self-Flow: depth of the student's features, as a share")
-    teacher_layer: float = key(0.7, "Self-Flow: depth of the teacher's features, as a share")
+    mask_ratio: float = key(0.1, "share of video tokens at the second noise level")
+    feature_weight: float | None = key(None, "weight of the feature loss; default the method's (Self-Flow: 0.8)")
+    student_layer: float = key(0.3, "depth of the student's features, as a share")
+    teacher_layer: float = key(0.7, "depth of the teacher's features, as a share")
+    teacher_offset: float | None = key(None, "teacher at t - U(0, this) instead of min(t, s); default the method's")
+    apart: float | None = key(None, "share of samples whose two noise groups do not attend to each other")
+    condition_dropout: float = key(0.0, "share of samples without text and proprioception, student and teacher alike")
+    switch_off: int = key(0, "step from which the method is plain flow matching; 0: never")
+    cache_latents: str = key("auto", "encode the data set once and keep the latents: auto (learned codecs), on, off")
     save_every: int = key(200, "steps between checkpoints")
     validate_every: int = key(200, "steps between measurements on held-out episodes")
+    sample_every: int = key(0, "steps between videos of what the model expects of held-out windows; 0: never")
+    plan: bool = key(False, "print parameters, FLOPs, memory, time and cost of the run, and stop")
+    gpu_hour_price: float = key(0.0, "plan: of one GPU, for the cost")
+    activation_checkpointing: bool = key(False, "compute activations again in the backward pass: less memory, 4/3 time")
+    micro_batch: int = key(0, "windows per forward pass, gradients add up; 0: the whole batch (of a process)")
+    nonfinite: str = key("stop", "at a loss that is not finite: stop, or skip the step; its batch is kept")
+    sharding: str = key("ddp", "of several processes: ddp (each has all weights) or fsdp (weights are spread)")
     threads: int = key(0, "of torch; 0: torch's choice")
     device: str = key("auto", "auto, cpu or cuda")
     wandb: str = key("disabled", "disabled, offline or online")
@@ -55,11 +68,20 @@ class TrainingConfig:
 @dataclass
 class PretrainConfig(TrainingConfig):
     name: str = key("pretrain_${method}", "run folder runs/<name>; the same name again continues it")
-    method: str = key("self_flow", "self_flow or flow_matching (the baseline: the same code with the terms off)")
+    method: str = key(
+        "self_flow",
+        "self_flow, flow_matching, dual_timesteps, sra, repa, layer_sync, diffusion_forcing, full_masking or "
+        "attention_separation: settings of the same code",
+    )
+    encoder: str = key("facebook/dinov2-base", "repa: image encoder of transformers, name or folder")
     steps: int = key(1500, "updates")
     lr: float = key(1e-3, "peak learning rate")
     future: list[int] = key([4, 8], "frames predicted, in control steps after the given one")
-    codec: str = key("dct", "latents: dct (low frequencies of each patch) or pixels")
+    codec: str = key(
+        "dct",
+        "latents: dct (low frequencies of each patch), pixels, a run of train_codec, through diffusers sd, flux2, "
+        "wan2.1 or wan2.2, or a folder of such weights",
+    )
     luma: int = key(12, "dct: coefficients kept per side of a 16x16 patch, brightness")
     chroma: int = key(6, "dct: the same, of each colour difference")
     levels: str = key("logit_normal", "distribution of noise levels: logit_normal or uniform")
@@ -75,6 +97,10 @@ class FinetuneConfig(TrainingConfig):
     method: str = key("self_flow", "which backbone to start from, by its pretraining: self_flow or flow_matching")
     pretrained: str | None = key(None, "run or folder; default the newest pretraining by `method`; none: from scratch")
     self_flow_terms: bool = key(False, "keep Self-Flow's terms in fine-tuning (off: both arms learn the same loss)")
+    action_noise: str = key("shared", "noise level of actions: shared (the video's t), masked (its mask too) or own")
+    action_mask_ratio: float = key(0.0, "masked, own: share of action tokens at the second level")
+    action_levels: str = key("uniform", "own: distribution of the actions' noise levels")
+    action_shift: float = key(1.0, "own: of the actions' noise levels towards noise")
     steps: int = key(4000, "updates")
     lr: float = key(1e-3, "peak learning rate")
     past: list[int] = key([0], "frames given, in control steps (0: now)")
@@ -90,6 +116,32 @@ class FinetuneConfig(TrainingConfig):
     levels: str = key("uniform", "distribution of noise levels: logit_normal or uniform")
     shift: float = key(1.0, "of the noise levels towards noise")
     low_snr: float = key(0.0, "share of noise levels drawn from U[0.95, 1]")
+
+
+@dataclass
+class TrainCodecConfig:
+    data: str = key("data/open_and_place", "LeRobot data set; collected first if it is the default and absent")
+    name: str = key("codec", "run folder runs/<name>; the same name again continues it")
+    channels: int = key(64, "of a latent, one per 16x16 pixels")
+    width: int = key(48, "of the network at a quarter of the resolution; 4 times as wide at a sixteenth")
+    steps: int = key(2000, "updates")
+    batch_size: int = key(8, "clips per step")
+    frames: int = key(3, "of a clip")
+    stride: int = key(8, "frames of a clip are up to this many control steps apart, drawn per step")
+    crop: int = key(64, "side of the training crops, pixels; 0: whole frames")
+    noise: float = key(0.1, "on the latents in training, in their units")
+    latent_weight: float = key(1e-5, "of the latents' mean square in the loss")
+    lr: float = key(1e-3, "peak learning rate")
+    weight_decay: float = key(0.01, "of weights")
+    warmup: int = key(100, "steps of linear warm-up")
+    cooldown: float = key(0.3, "last share of the steps, learning rate linearly to zero")
+    ema: float = key(0.999, "decay of the averaged weights, which are the codec; ramped up in short runs")
+    seed: int = key(0, "of everything random")
+    save_every: int = key(200, "steps between checkpoints, each with PSNR and pictures of held-out episodes")
+    sharding = "ddp"  # no key, so no annotation: too small to be spread over processes
+    threads: int = key(0, "of torch; 0: torch's choice")
+    device: str = key("auto", "auto, cpu or cuda")
+    wandb: str = key("disabled", "disabled, offline or online")
 
 
 @dataclass
@@ -128,11 +180,37 @@ class EvalConfig:
     resume: bool = key(True, "keep finished episodes of the same run")
 
 
+@dataclass
+class ProbeConfig:
+    runs: list[str] = key([], "runs or folders: --runs a b c; default the newest pretraining of each of the two arms")
+    data: str = key("data/open_and_place", "LeRobot data set")
+    name: str = key("probe", "results go to runs/<name>")
+    tokens: str = key("given", "whose features: given (the frame as a condition) or generated (at --level)")
+    level: float = key(0.0, "generated: noise level of the frame, in [0, 1]")
+    grid: list[int] = key([2, 2], "rows and columns that features are averaged to; 1 1: one mean")
+    frames: int = key(16, "per episode, evenly spread")
+    episodes: int = key(200, "fitted on, at most")
+    test_share: float = key(0.0, "share of episodes tested on; 0: the validation split, which no run was trained on")
+    weights: str = key("ema", "ema (evaluation) or model (as in training)")
+    threads: int = key(0, "of torch; 0: torch's choice")
+    device: str = key("auto", "auto, cpu or cuda")
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
+    out: str | None = key(None, "folder to write; default exported/<run>")
+    weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
+
+
 SCRIPTS = {
     PretrainConfig: "pretrain",
     FinetuneConfig: "finetune",
+    TrainCodecConfig: "train_codec",
     CollectConfig: "collect_demos",
     EvalConfig: "eval_simpler",
+    ProbeConfig: "probe",
+    ExportConfig: "export",
 }
 
 
@@ -199,10 +277,24 @@ def overrides(config_class: type, arguments: list[str]) -> list[str]:
                 value = "true"
             elif rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
+                if typing.get_origin(known[top]) is list and not value.startswith("["):
+                    value = _list([value, *_values(rest)], known[top])
             else:
                 sys.exit(f"error: {argument} needs a value")
         converted.append(f"{name}={_quote(value, known[top]) if dashed else value}")
     return flags + converted
+
+
+def _values(rest: list[str]) -> list[str]:
+    """Takes the further values of a list from the front of `rest`."""
+    values = []
+    while rest and not rest[0].startswith("--") and rest[0] not in HYDRA_FLAGS and "=" not in rest[0]:
+        values.append(rest.pop(0))
+    return values
+
+
+def _list(values: list[str], kind: type) -> str:
+    return f"[{','.join(_quote(value, typing.get_args(kind)[0]) for value in values)}]"
 
 
 def _quote(value: str, kind: type) -> str:

@@ -1,31 +1,36 @@
 """The one training loop, a generator. Pretraining and fine-tuning differ in data and loss, not in code.
 
 All randomness of step k is a function of (seed, k): a run that was killed and started again gives the same bits as one
-that was not.
+that was not, and several processes take the steps that one would take alone (`processes`).
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from selfflow_robot import checkpoint
+from selfflow_robot import checkpoint, selfflow
 from selfflow_robot.checkpoint import write_atomic
 from selfflow_robot.config import TrainingConfig
-from selfflow_robot.data import Dataset, open_dataset
-from selfflow_robot.flow import TimestepDistribution, generator
+from selfflow_robot.data import Dataset, encode_video, open_dataset
+from selfflow_robot.flow import TimestepDistribution
 from selfflow_robot.model import Model, precision
-from selfflow_robot.selfflow import ema_decay, update_ema
+from selfflow_robot.processes import ALONE, Processes, Share, join, scatter, update_ema
+from selfflow_robot.selfflow import SelfFlowConfig, ema_decay
 from selfflow_robot.tokens import Packer
 
+KEEP_NONFINITE = 3  # batches; a run that skips more has shown enough
 LossFunction = Callable[[Model, Model, dict, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -39,6 +44,12 @@ class TrainConfig:
     clip: float = 1.0  # of the gradient's norm
     ema: float = 0.9999
     seed: int = 0
+    micro_batch: int = 0  # windows per forward pass of a process; 0: all of its part
+    nonfinite: str = "stop"  # or "skip" the step; either way its batch is kept for inspection
+
+    def __post_init__(self):
+        if self.nonfinite not in ("stop", "skip"):
+            raise ValueError(f"nonfinite {self.nonfinite!r}: choose stop or skip")
 
 
 @dataclass
@@ -48,7 +59,10 @@ class State:
     model: Model
     teacher: Model  # the EMA: teacher during training, evaluation weights afterwards
     optimizer: torch.optim.Optimizer
-    step: int = 0  # updates done
+    loss: torch.nn.Module  # of `model`, in all processes (`Processes.wrap`)
+    processes: Processes = ALONE
+    step: int = 0  # updates done, or skipped
+    skipped: int = 0
 
 
 def start(cfg: TrainingConfig, collect: Path) -> tuple[Dataset, torch.device]:
@@ -57,17 +71,20 @@ def start(cfg: TrainingConfig, collect: Path) -> tuple[Dataset, torch.device]:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # of the initial weights
+    processes = join(cfg.device, cfg.sharding)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-    if cfg.data == TrainingConfig.data and not Path(cfg.data, "meta", "info.json").exists():
+    device = processes.accelerator.device if processes.accelerator else device
+    if cfg.data == TrainingConfig.data and not Path(cfg.data, "meta", "info.json").exists() and processes.main:
         print(f"No data set at {cfg.data} yet: collecting the default one ({collect.name}).", flush=True)
         subprocess.run([sys.executable, str(collect)], check=True)
+    processes.wait()
     return open_dataset(cfg.data), device
 
 
 def schedule(cfg: TrainingConfig) -> TrainConfig:
     return TrainConfig(
         steps=cfg.steps, lr=cfg.lr, weight_decay=cfg.weight_decay, warmup=cfg.warmup, cooldown=cfg.cooldown,
-        ema=cfg.ema, seed=cfg.seed,
+        ema=cfg.ema, seed=cfg.seed, micro_batch=cfg.micro_batch, nonfinite=cfg.nonfinite,
     )  # fmt: skip
 
 
@@ -75,18 +92,31 @@ def levels(cfg: TrainingConfig) -> TimestepDistribution:
     return TimestepDistribution(cfg.levels, cfg.shift, cfg.low_snr)
 
 
+def objective(cfg: TrainingConfig, method: str, **settings) -> SelfFlowConfig:
+    """The loss of a training script; settings are those that only it has."""
+    return selfflow.objective(
+        method, levels=levels(cfg), mask_ratio=cfg.mask_ratio, feature_weight=cfg.feature_weight,
+        student_layer=cfg.student_layer, teacher_layer=cfg.teacher_layer, teacher_offset=cfg.teacher_offset,
+        apart=cfg.apart, condition_dropout=cfg.condition_dropout, **settings,
+    )  # fmt: skip
+
+
 def identity(cfg: TrainingConfig, dataset: Dataset) -> dict:
     """The settings that make a run what it is: all but where, how long and how often it reports."""
-    free = {"name", "data", "steps", "save_every", "validate_every", "threads", "device", "wandb"}
+    free = {"name", "data", "steps", "save_every", "validate_every", "sample_every", "threads", "device", "wandb"}
+    free |= {"plan", "gpu_hour_price", "activation_checkpointing"}
+    free |= {"micro_batch", "sharding", "nonfinite"}  # how the same steps are computed
     return {k: v for k, v in asdict(cfg).items() if k not in free} | {"data_hash": dataset.hash}
 
 
-def new_state(model: Model, config: TrainConfig) -> State:
+def new_state(model: Model, config: TrainConfig, processes: Processes = ALONE) -> State:
+    teacher = deepcopy(model).eval().requires_grad_(False)
+    loss = processes.wrap(model, teacher)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
-    return State(model, deepcopy(model).eval().requires_grad_(False), optimizer)
+    return State(model, teacher, optimizer, loss, processes)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -97,53 +127,127 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def train(
-    state: State, batches: Iterable[dict], loss_fn: LossFunction, config: TrainConfig
+    state: State,
+    batches: Iterable[dict],
+    loss_fn: LossFunction,
+    config: TrainConfig,
+    keep: Callable[[int, dict, dict], None] = lambda step, batch, metrics: None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Updates `state` in place from `state.step` to `config.steps`; yields (updates done, metrics) after each.
 
-    `batches` starts at batch `state.step`. Raises FloatingPointError when the loss is not finite.
+    `batches` starts at batch `state.step`, this process's part of it. A loss or gradient that is not finite never
+    reaches the weights: keep(step, batch, metrics) is called, then FloatingPointError raised or the step skipped.
     """
-    device = next(state.model.parameters()).device
-    batches = iter(batches)
+    batches = ahead(batches)
     while state.step < config.steps:
-        begin = time.perf_counter()
+        watch = Stopwatch()
         batch = next(batches)
-        with precision(device):
-            loss, terms = loss_fn(state.model, state.teacher, batch, generator(config.seed, state.step))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {state.step}: lower the learning rate")
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+        watch.lap("data")
+        metrics = gradient(state, batch, loss_fn, config)
+        watch.lap("forward_backward")
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        if not finite:
+            keep(state.step, batch, metrics)
+            if config.nonfinite == "stop":
+                raise FloatingPointError(f"{_what(metrics)} at step {state.step}: lower the learning rate")
+            state.skipped += 1
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, config)
-        state.optimizer.step()
+        if finite:
+            state.optimizer.step()
         state.optimizer.zero_grad()
+        watch.lap("optimizer")
         state.step += 1
-        update_ema(state.teacher, state.model, ema_decay(state.step, config.ema))
-        metrics = {name: term.item() for name, term in terms.items()} | {"grad_norm": norm.item()}
-        seconds = time.perf_counter() - begin
-        yield state.step, metrics | {"step_s": seconds, "samples_s": len(batch["video"]) / seconds}
+        if finite:
+            update_ema(state.teacher, state.model, ema_decay(state.step, config.ema))
+        watch.lap("ema")
+        if state.skipped:
+            metrics["skipped"] = state.skipped
+        windows = state.processes.count * _size(batch)
+        yield state.step, metrics | {"step_s": watch.total, "samples_s": windows / watch.total} | watch.laps
+
+
+def gradient(state: State, batch: dict, loss_fn: LossFunction, config: TrainConfig) -> dict[str, float]:
+    """Leaves the gradient of the whole batch's loss, clipped, in `state.model`; its terms, averaged over all parts."""
+    device = next(state.model.parameters()).device
+    passes, rest = divmod(_size(batch), config.micro_batch or _size(batch))
+    if rest or not passes:
+        raise ValueError(f"micro_batch {config.micro_batch} does not divide a process's {_size(batch)} windows")
+    share = Share(state.processes, passes, config.seed, state.step)
+    sums: dict[str, Tensor] = {}
+    for number in range(passes):
+        with state.processes.accumulate(state.loss, last=number == passes - 1):
+            with precision(device):
+                loss, terms = state.loss(loss_fn, state.teacher, batch, share.begin(number))
+            (loss / passes).backward()
+        for name, value in (terms | {"loss": loss.detach()}).items():
+            # A diagnostic of tokens that this part has none of is NaN and left out; a loss is never left out.
+            there = torch.ones_like(value) if name.startswith("loss") else value.isfinite()
+            sums[name] = sums.get(name, 0) + torch.stack([torch.where(there > 0, value, 0), there]).float()
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    sums["grad_norm"] = torch.stack([norm.float(), torch.ones_like(norm, dtype=torch.float)])
+    total = state.processes.sum(torch.stack([*sums.values()])).tolist()  # one message, one wait for the device
+    return {name: value / count if count else math.nan for name, (value, count) in zip(sums, total)}
+
+
+def ahead(batches: Iterable[dict]) -> Iterator[dict]:
+    """The same batches; the next one is read while the last one is learned from."""
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+class Stopwatch:
+    """Seconds of the parts of a step, `time/<part>`. On a GPU the optimiser's and the EMA's are those of the launch:
+    their work ends within the next step's forward_backward."""
+
+    def __init__(self):
+        self.begin = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{name}_s"], self.last = now - self.last, now
+
+    @property
+    def total(self) -> float:
+        return self.last - self.begin
+
+
+def _size(batch: dict) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _what(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} is {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name]))
 
 
 def tensors(state: State, packer: Packer) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, by name."""
+    """Everything a checkpoint holds, by name, complete: in the main process; empty in the others, which must call it
+    too."""
     collected = checkpoint.collect("model", state.model) | checkpoint.collect("ema", state.teacher)
     collected |= checkpoint.collect("packer", packer)
     for name, parameter in state.model.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
             collected[f"optimizer.{key}.{name}"] = value
-    return collected
+    whole = {name: state.processes.whole(value) for name, value in collected.items()}
+    return whole if state.processes.main else {}
 
 
 def restore(state: State, packer: Packer, tensors: dict[str, Tensor], step: int, where: str | Path) -> None:
-    """Inverse of `tensors`, in place."""
+    """Inverse of `tensors`, in place, in any number of processes."""
     checkpoint.restore(state.model, tensors, "model", where)
     checkpoint.restore(state.teacher, tensors, "ema", where)
     checkpoint.restore(packer, tensors, "packer", where)
     for name, parameter in state.model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
-                state.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+                whole = value.to(parameter.device, copy=True)
+                state.optimizer.state[parameter][key] = whole if key == "step" else scatter(value, parameter.detach())
     state.step = step
 
 
@@ -159,31 +263,61 @@ def fit(
     save_every: int,
     validate_every: int,
     wandb_mode: str = "disabled",
+    sample: Callable[[Model], np.ndarray | None] | None = None,
+    sample_every: int = 0,
+    flops_per_step: float | None = None,
+    peak_flops: float | None = None,
 ) -> None:
-    """Trains run folder `run` to its end, or continues it: loop, metrics.jsonl, config.json, checkpoints.
+    """Trains run folder `run` to its end, or continues it: loop, metrics.jsonl, config.json, checkpoints, samples.
 
-    manifest: {"kind", "method", "identity": settings that must not change between parts of a run, "config"}. Raises
-    CheckpointError when the folder holds a run with another identity.
+    manifest: {"kind", "method", "identity": settings that must not change between parts of a run, "config"}. sample
+    returns a video uint8 (T, H, W, 3). flops_per_step of the whole batch and peak_flops of one process's device: logs
+    their ratio as `mfu`. Raises CheckpointError when the folder holds a run with another identity.
     """
-    folder = run / "checkpoint"
+    folder, processes = run / "checkpoint", state.processes
     if checkpoint.saved(folder):
         saved_tensors, found = checkpoint.load(folder)
         checkpoint.require_same(found["identity"], manifest["identity"], folder)
         restore(state, packer, saved_tensors, found["step"], folder)
-        print(f"{run}: continuing after step {state.step} of {config.steps}", flush=True)
-    keep_metrics(run / "metrics.jsonl", state.step)
-    write_atomic(run / "config.json", json.dumps(manifest["config"], indent=1).encode())
+        state.skipped = found.get("skipped", 0)
+        del saved_tensors
+        if processes.main:
+            print(f"{run}: continuing after step {state.step} of {config.steps}", flush=True)
+    processes.wait()  # before anyone writes
+    if processes.main:
+        checkpoint.sweep(run)
+        keep_metrics(run / "metrics.jsonl", state.step)
+        write_atomic(run / "config.json", json.dumps(manifest["config"], indent=1).encode())
 
     def save():
-        checkpoint.save(folder, state.step, tensors(state, packer), manifest | checkpoint.describe(state.model, packer))
+        described = manifest | checkpoint.describe(state.model, packer)
+        everything = tensors(state, packer)
+        if processes.main:
+            progress = {"skipped": state.skipped, "seed": config.seed, "processes": processes.count}
+            checkpoint.save(folder, state.step, everything, described | progress)
 
-    with Reporter(run, config.steps, state.step, wandb_mode) as report:
-        for step, metrics in train(state, batches(state.step), loss_fn, config):
-            if step % validate_every == 0 or step == config.steps:
-                with precision(next(state.teacher.parameters()).device):
+    def keep(step, batch, metrics):
+        if state.skipped < KEEP_NONFINITE:
+            part = processes.index, processes.count
+            checkpoint.save_batch(run / "nonfinite", step, batch, part, {"seed": config.seed, "metrics": metrics})
+
+    device = next(state.model.parameters()).device
+    with Reporter(run, config.steps, state.step, wandb_mode, processes.main) as report:
+        for step, metrics in train(state, batches(state.step), loss_fn, config, keep):
+            last = step == config.steps
+            if device.type == "cuda":
+                metrics["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+            if flops_per_step and peak_flops:
+                metrics["mfu"] = flops_per_step / (metrics["step_s"] * peak_flops * processes.count)
+            if step % validate_every == 0 or last:
+                with precision(device):
                     metrics |= validate(state.teacher)
             report(step, metrics)
-            if step % save_every == 0 or step == config.steps:
+            if sample and sample_every and (step % sample_every == 0 or last):
+                with precision(device):
+                    video = sample(state.teacher)
+                report.video(step, video)
+            if step % save_every == 0 or last:
                 report.flush()
                 save()
 
@@ -203,42 +337,64 @@ def keep_metrics(path: Path, step: int) -> None:
 
 
 class Reporter:
-    """metrics.jsonl, a progress bar (log lines where there is no terminal) and, when asked for, wandb."""
+    """metrics.jsonl, a progress bar (log lines where there is no terminal), sample videos and, when asked for, wandb.
+    Silent where `writes` is False."""
 
-    def __init__(self, run: Path, steps: int, start: int, wandb_mode: str):
+    def __init__(self, run: Path, steps: int, start: int, wandb_mode: str, writes: bool = True):
+        self.run, self.steps, self.shown, self.writes, self.wandb = run, steps, 0.0, writes, None
+        if not writes:
+            return
         run.mkdir(parents=True, exist_ok=True)
         self.file = open(run / "metrics.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
-        self.name, self.steps, self.shown = run.name, steps, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), disable=not sys.stdout.isatty())
         self.task = self.progress.add_task(run.name, total=steps, completed=start, note="")
-        self.wandb = None
         if wandb_mode != "disabled":
             import wandb
 
-            self.wandb = wandb.init(mode=wandb_mode, dir=run, project="selfflow_robot", name=run.name, id=run.name)
+            names = {"project": "selfflow_robot", "name": run.name, "id": run.name}
+            self.wandb = wandb.init(mode=wandb_mode, dir=run, resume="allow", **names)
 
     def __enter__(self):
-        self.progress.start()
+        if self.writes:
+            self.progress.start()
         return self
 
     def __exit__(self, *_):
+        if not self.writes:
+            return
         self.progress.stop()
         self.file.close()
         if self.wandb:
             self.wandb.finish()
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
-        shown = {k: v for k, v in metrics.items() if k.startswith(("loss", "cosine", "validation/action", "step_s"))}
+        if not self.writes:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self.file.write(json.dumps({"step": step} | finite) + "\n")
+        names = ("loss", "cosine", "validation/action", "step_s", "skipped", "mfu")
+        shown = {k: v for k, v in metrics.items() if k.startswith(names)}
         note = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
         self.progress.update(self.task, completed=step, note=note)
         if self.progress.disable and (time.monotonic() - self.shown > 15 or step == self.steps):
             self.shown = time.monotonic()
             self.flush()
-            print(f"{self.name} {step}/{self.steps}  {note}", flush=True)
+            print(f"{self.run.name} {step}/{self.steps}  {note}", flush=True)
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
+    def video(self, step: int, frames: np.ndarray | None, fps: int = 3) -> None:
+        """samples/step_<step>.mp4 of frames uint8 (T, H, W, 3), H and W even."""
+        if not self.writes or frames is None:
+            return
+        path = self.run / "samples" / f"step_{step:08d}.mp4"
+        write_atomic(path, encode_video(frames, fps))
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Video(str(path), format="mp4")}, step=step)
+
     def flush(self) -> None:
-        self.file.flush()
+        if self.writes:
+            self.file.flush()

@@ -1,9 +1,13 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
+from policies import load_policy
 from selfflow_robot import checkpoint
 from selfflow_robot.checkpoint import CheckpointError
 from tests.synthetic import make_batch, make_model, make_packer
@@ -19,7 +23,7 @@ def test_newest_complete_step_is_loaded_and_two_are_kept(tmp_path):
         save(tmp_path, step)
     tensors, manifest = checkpoint.load(tmp_path)
     assert manifest["step"] == 3 and torch.equal(tensors["a"], torch.full((3,), 3.0))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md"] + [
         f"step_{step:08d}.{kind}" for step in (2, 3) for kind in ("json", "safetensors")
     ]
 
@@ -116,3 +120,95 @@ def test_a_model_comes_back_with_its_scales(tmp_path):
     checkpoint.save(tmp_path, 2, tensors, checkpoint.describe(model, packer))
     with pytest.raises(CheckpointError, match=r"position\.weight"):
         checkpoint.load_model(tmp_path)
+
+
+def test_what_the_disk_gives_back_is_checked_before_the_old_step_goes(tmp_path, monkeypatch):
+    """A disk that flips a bit on the way: the new step is refused, both earlier ones stay."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    write = checkpoint.save_file
+
+    def flip(tensors, path):
+        write(tensors, path)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr(checkpoint, "save_file", flip)
+    with pytest.raises(CheckpointError, match=r"step_00000003\.safetensors cannot be written .*tensor a reads back"):
+        save(tmp_path, 3)
+    monkeypatch.undo()
+    assert [path.stem for path in checkpoint.saved(tmp_path)] == ["step_00000001", "step_00000002"]
+    assert checkpoint.load(tmp_path)[1]["step"] == 2
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    save(tmp_path, 1)
+    for name in (".step_00000002.safetensors.123.tmp", ".tmpAbc123", "step_00000002.safetensors"):
+        (tmp_path / name).write_bytes(b"half")
+    save(tmp_path, 3)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"README.md"} | {f"step_{n:08d}.{kind}" for n in (1, 3) for kind in ("json", "safetensors")}
+
+
+def trained(folder, **manifest):
+    """A checkpoint of random weights; (model, averaged weights, packer)."""
+    packer = make_packer()
+    packer.codec.fit([make_batch()["video"]])
+    model, averaged = make_model(packer), make_model(packer, seed=1)
+    tensors = checkpoint.collect("model", model) | checkpoint.collect("ema", averaged)
+    tensors |= checkpoint.collect("packer", packer) | {"optimizer.exp_avg.x": torch.zeros(3)}
+    about = {"kind": "finetune", "method": "self_flow", "config": {"data": "data/x"}, "identity": {"data_hash": "abc"}}
+    checkpoint.save(folder, 7, tensors, about | checkpoint.describe(model, packer) | manifest)
+    return model, averaged, packer
+
+
+def test_exported_folders_load_like_runs(tmp_path):
+    model, averaged, packer = trained(tmp_path / "run" / "checkpoint")
+    for weights, original in (("ema", averaged), ("model", model)):
+        folder = checkpoint.export(tmp_path / "run", tmp_path / weights, weights)
+        assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+        loaded, scales, manifest = checkpoint.load_model(folder)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), original.state_dict().values()))
+        assert torch.equal(scales.pack(make_batch(), "joint_plan").x, packer.pack(make_batch(), "joint_plan").x)
+        assert manifest["step"] == 7 and manifest["weights"] == weights
+        names = load_file(folder / "model.safetensors").keys()
+        assert {name.split(".")[0] for name in names} == {"model", "packer"}  # no optimiser
+    again = checkpoint.export(tmp_path / "ema", tmp_path / "again")  # of an export
+    assert (again / "model.safetensors").read_bytes() == (tmp_path / "ema" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="no weights 'teacher': choose ema or model"):
+        checkpoint.export(tmp_path / "run", tmp_path / "x", "teacher")
+    (tmp_path / "ema" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or altered"):
+        checkpoint.load_model(tmp_path / "ema")
+
+
+def test_an_exported_policy_acts(tmp_path):
+    trained(tmp_path / "run" / "checkpoint")
+    folder = checkpoint.export(tmp_path / "run", tmp_path / "exported")
+    actions = []
+    for path in (tmp_path / "run", folder):
+        policy = load_policy(path, execute=1, steps=2)
+        policy.reset("open")
+        picture = np.zeros((32, 48, 3), np.uint8)
+        actions.append(
+            policy.act({"images": {"overhead": picture}, "proprio": np.zeros(10, np.float32), "instruction": "open"})
+        )
+    assert np.array_equal(*actions)
+
+
+def test_model_card(tmp_path):
+    trained(tmp_path / "checkpoint")
+    for path in (tmp_path / "checkpoint", checkpoint.export(tmp_path, tmp_path / "exported")):
+        text = (path / "README.md").read_text()
+        head = yaml.safe_load(text.split("---\n")[1])
+        assert head["library_name"] == "selfflow_robot" and "robotics" in head["tags"]
+        for fact in (
+            "| model: depth | 4 |",
+            "| steps of training | 7 |",
+            "| data hash | abc |",
+            "load_policy",
+            "gripper",
+        ):
+            assert fact in text, fact
+    code = checkpoint.load(tmp_path / "checkpoint")[1]["code"]
+    assert code["selfflow_robot"] and len(code.get("commit", 40 * "0")) == 40

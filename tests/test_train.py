@@ -1,16 +1,23 @@
+import contextlib
 import itertools
 import json
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from experiments.finetune import finetune
 from experiments.pretrain import pretrain
 from selfflow_robot import checkpoint, model, train
 from selfflow_robot.checkpoint import CheckpointError
 from selfflow_robot.config import FinetuneConfig, PretrainConfig
-from selfflow_robot.selfflow import SelfFlowConfig, loss
+from selfflow_robot.processes import part_loss
+from selfflow_robot.selfflow import SelfFlowConfig, loss, objective
 from selfflow_robot.train import TrainConfig
 from tests.synthetic import SMALL, make_batch, make_model, make_packer, write_dataset
 
@@ -37,6 +44,36 @@ def fit(run, config=CONFIG, stop=None, manifest=MANIFEST, save_every=3):
 
     train.fit(run, state, packer, config, manifest, batches, loss_fn, lambda m: {"validation/x": 1.0}, save_every, 3)
     return state
+
+
+def seeded(seed):
+    return make_batch(seed=seed)
+
+
+def uneven(seed):
+    """Four windows that count different numbers of frames and actions."""
+    batch = make_batch(4, seed)
+    batch["video_mask"][1:3, -1] = False
+    batch["action_mask"][0, 1:] = False
+    batch["action_mask"][3] = False
+    return batch
+
+
+def objective_of_all_modes(packer):
+    def loss_fn(student, teacher, batch, generator):
+        mode = ["joint_plan", "policy", "pretrain_all"][torch.randint(3, (), generator=generator)]
+        config = SelfFlowConfig(mask_ratio=0.25, given_noise=0.2, draws=2 if mode == "policy" else 1)
+        return part_loss(student, teacher, lambda: packer.pack(batch, mode), config, generator)
+
+    return loss_fn
+
+
+def video_and_action(metrics):
+    return [metrics.get(name, 0.0) for name in ("loss_video", "loss_action", "cosine")]
+
+
+def state_of():
+    return train.new_state(make_model(make_packer()), CONFIG)
 
 
 def same(run_a, run_b):
@@ -111,24 +148,150 @@ def test_training_learns_one_batch(tmp_path):
     packer.codec.fit([make_batch()["video"]])
     state = train.new_state(make_model(packer, zero=True), TrainConfig(steps=150, lr=3e-3, warmup=5))
     tokens = packer.pack(make_batch(), "policy")
-    objective = SelfFlowConfig(method="flow_matching")
+    plain = objective("flow_matching")
     losses = [
         metrics["loss"]
         for _, metrics in train.train(
             state,
             itertools.repeat(make_batch()),
-            lambda m, e, b, g: loss(m, e, tokens, objective, g),
+            lambda m, e, b, g: loss(m, e, tokens, plain, g),
             TrainConfig(steps=150, lr=3e-3, warmup=5),
         )
     ]
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    state = train.new_state(make_model(make_packer()), CONFIG)
-    loop = train.train(state, [make_batch()], lambda m, e, b, g: (torch.tensor(float("nan")), {}), CONFIG)
-    with pytest.raises(FloatingPointError, match="at step 0: lower the learning rate"):
-        next(loop)
+def poisoned(packer, at, value=float("nan")):
+    """A loss function that is not finite at one step."""
+    steps = itertools.count()
+
+    def loss_fn(student, teacher, batch, generator):
+        total, terms = loss(student, teacher, packer.pack(batch, "policy"), SelfFlowConfig(), generator)
+        return total * (value if next(steps) == at else 1.0), terms
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(tmp_path, value):
+    packer = make_packer()
+    state = train.new_state(make_model(packer), CONFIG)
+    arguments = (MANIFEST, lambda start: map(seeded, itertools.count(start)), poisoned(packer, 4, value))
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf).* at step 4: lower the learning rate"):
+        train.fit(tmp_path, state, packer, CONFIG, *arguments, lambda m: {}, 2, 3)
+    assert all(p.isfinite().all() for p in state.model.parameters())
+    assert checkpoint.load(tmp_path / "checkpoint")[1]["step"] == 4  # the same command tries again from here
+    kept = load_file(tmp_path / "nonfinite" / "step_00000004_part_0_of_1.safetensors")
+    batch = make_batch(seed=4)
+    assert all(torch.equal(kept[name], value) for name, value in batch.items() if name != "instruction")
+    about = json.loads((tmp_path / "nonfinite" / "step_00000004_part_0_of_1.json").read_text())
+    assert about["batch"]["instruction"] == batch["instruction"] and about["seed"] == 0 and about["step"] == 4
+
+
+def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path):
+    packer, config = make_packer(), replace(CONFIG, nonfinite="skip")
+    state, seen = train.new_state(make_model(packer), config), []
+
+    def validate(model):
+        weights = [
+            *state.model.parameters(),
+            *model.parameters(),
+            *(s["exp_avg"] for s in state.optimizer.state.values()),
+        ]
+        seen.append([w.detach().clone() for w in weights])
+        return {}
+
+    arguments = (MANIFEST, lambda start: map(seeded, itertools.count(start)), poisoned(packer, 3))
+    train.fit(tmp_path, state, packer, config, *arguments, validate, 2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3]))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[3], seen[4]))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped") for line in lines] == [None, None, None, 1, 1, 1]
+    assert lines[3]["loss"] is None and lines[4]["loss"] > 0  # null: JSON has no NaN
+    assert checkpoint.load(tmp_path / "checkpoint")[1]["skipped"] == 1
+    with pytest.raises(ValueError, match="choose stop or skip"):
+        TrainConfig(nonfinite="ignore")
+
+
+def test_micro_batches_take_the_same_steps(tmp_path, monkeypatch):
+    """Gradients of parts add up to those of the whole, also where the parts count different numbers of tokens."""
+    monkeypatch.setattr(train, "precision", lambda device: contextlib.nullcontext())
+    losses = {}
+    for micro_batch in (0, 4, 2, 1):
+        packer, config = make_packer(), replace(CONFIG, micro_batch=micro_batch, steps=4)
+        state = train.new_state(make_model(packer), config)
+        loss_fn = objective_of_all_modes(packer)
+        loop = train.train(state, map(uneven, itertools.count()), loss_fn, config)
+        losses[micro_batch] = torch.tensor([[m["loss"], m["grad_norm"], *video_and_action(m)] for _, m in loop])
+    for micro_batch in (4, 2, 1):
+        torch.testing.assert_close(losses[micro_batch], losses[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+    with pytest.raises(ValueError, match=r"micro_batch 3 does not divide a process's 4 windows"):
+        next(train.train(state_of(), map(uneven, itertools.count()), loss_fn, replace(CONFIG, micro_batch=3)))
+
+
+def test_the_next_batch_is_read_ahead_in_order():
+    read = []
+
+    def source():
+        for number in range(4):
+            read.append(number)
+            yield {"index": number}
+
+    batches = train.ahead(source())
+    assert next(batches)["index"] == 0
+    assert [batch["index"] for batch in batches] == [1, 2, 3] and read == [0, 1, 2, 3]
+
+
+def test_what_is_logged(tmp_path):
+    packer = make_packer()
+    state = train.new_state(make_model(packer), CONFIG)
+    frames = np.zeros((3, 64, 96, 3), np.uint8)
+    arguments = (
+        MANIFEST,
+        lambda start: map(seeded, itertools.count(start)),
+        poisoned(packer, None),
+        lambda m: {},
+        6,
+        6,
+    )
+    train.fit(
+        tmp_path,
+        state,
+        packer,
+        CONFIG,
+        *arguments,
+        "disabled",
+        lambda m: frames,
+        4,
+        flops_per_step=1e9,
+        peak_flops=1e12,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        parts = [line[f"time/{name}_s"] for name in ("data", "forward_backward", "optimizer", "ema")]
+        assert line["step_s"] == pytest.approx(sum(parts)) and line["samples_s"] == pytest.approx(2 / line["step_s"])
+        assert line["mfu"] == pytest.approx(1e-3 / line["step_s"])
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000004.mp4", "step_00000006.mp4"]
+    card = (tmp_path / "checkpoint" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: selfflow_robot") and "| steps of training | 6 |" in card
+
+
+def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
+    started, logged = {}, []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: started.clear())
+    fake = types.SimpleNamespace(
+        init=lambda **settings: started.update(settings) or run, Video=lambda path, format: path
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with train.Reporter(tmp_path / "mine", 2, 0, "offline") as report:
+        assert started["mode"] == "offline" and started["id"] == "mine" and started["resume"] == "allow"
+        report(1, {"loss": 2.0})
+        report.video(1, np.zeros((2, 32, 32, 3), np.uint8))
+    assert logged == [(1, {"loss": 2.0}), (1, {"samples": str(tmp_path / "mine" / "samples" / "step_00000001.mp4")})]
+    assert not started  # finished
+    with train.Reporter(tmp_path / "silent", 2, 0, "offline", writes=False) as report:  # not the main process
+        report(1, {"loss": 2.0})
+    assert not (tmp_path / "silent").exists() and not started
 
 
 @pytest.fixture

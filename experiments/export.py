@@ -1,0 +1,30 @@
+"""Write a run as a folder in Hugging Face's layout: config.json, model.safetensors, README.md (the model card).
+
+    python experiments/export.py --checkpoint finetune_self_flow --out exported/policy
+    hf upload my_name/my_policy exported/policy
+
+`checkpoint.load_model`, `policies.load_policy` and --checkpoint of every script take such a folder like a run. It has
+the averaged weights (or --weights model: the ones in training) and no optimiser, so training cannot continue from it;
+fine-tuning can start from it (--pretrained exported/backbone).
+"""
+
+from pathlib import Path
+
+from selfflow_robot.config import ExportConfig, run
+
+
+def export(cfg: ExportConfig) -> Path:
+    """Returns the folder written."""
+    from selfflow_robot import checkpoint
+
+    source = cfg.checkpoint or checkpoint.newest_run("finetune")
+    if source is None:
+        raise ValueError("no fine-tuned run in runs/. Name one: --checkpoint RUN")
+    folder = checkpoint.export(source, cfg.out or Path("exported") / Path(source).name, cfg.weights)
+    size = (folder / checkpoint.EXPORTED).stat().st_size / 1e6
+    print(f"{folder}: {cfg.weights} weights of {source}, {size:.0f} MB")
+    return folder
+
+
+if __name__ == "__main__":
+    run(ExportConfig, export)
