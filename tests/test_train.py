@@ -17,7 +17,7 @@ from selfflow_robot import checkpoint, model, train
 from selfflow_robot.checkpoint import CheckpointError
 from selfflow_robot.config import FinetuneConfig, PretrainConfig
 from selfflow_robot.processes import part_loss
-from selfflow_robot.selfflow import SelfFlowConfig, loss, objective
+from selfflow_robot.selfflow import METHODS, SelfFlowConfig, loss, objective
 from selfflow_robot.train import TrainConfig
 from tests.synthetic import SMALL, make_batch, make_model, make_packer, write_dataset
 
@@ -341,3 +341,20 @@ def test_scripts_resume_to_the_bit(workplace):
 def test_from_scratch_says_so(workplace, capsys):
     finetune(FinetuneConfig(name="f", **FINETUNE, **COMMON | {"steps": 1}))
     assert "starting from scratch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("self_flow", "flow_matching")])
+def test_every_method_trains_switches_off_and_is_fine_tuned(workplace, method):
+    settings = PRETRAIN | COMMON | {"switch_off": 3}
+    if method == "repa":
+        pytest.importorskip("transformers")
+        from transformers import Dinov2Config, Dinov2Model
+
+        tiny = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, patch_size=14, image_size=28)
+        Dinov2Model(tiny).save_pretrained("dino")
+        settings["encoder"] = "dino"
+    run = pretrain(PretrainConfig(name=method, method=method, **settings))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    features = objective(method).features != "none"
+    assert ["cosine" in line for line in lines] == [features] * 3 + [False]
+    finetune(FinetuneConfig(name="f", pretrained=method, **FINETUNE, **COMMON | {"steps": 1}))
