@@ -9,7 +9,8 @@ B batch (windows times draws), N tokens, M of them not given, K distinct levels,
 features to predict.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -217,7 +218,7 @@ def loss(
         if config.features == "teacher":
             level = teacher_levels(d, tokens, config)
             same = (per_token(tau) <= per_token(level))[:, tokens.prefix :]  # (B, M): where both see the same noise
-            with torch.no_grad():
+            with torch.no_grad(), cast_once(teacher):
                 z = interpolate(rows.x, d.noise, per_token(level))[0]
                 target = teacher.features(z, level, rows, teacher_layer, shared(teacher, z, level, teacher_layer))
             projected = student.projector(features)
@@ -237,6 +238,17 @@ def loss(
             "target_norm": target.float().norm(dim=-1).mean(),
         }
     return total, {name: term.detach() for name, term in terms.items()} | {"loss": total.detach()}
+
+
+@contextmanager
+def cast_once(module: nn.Module) -> Iterator[None]:
+    """Within autocast: weights are cast to bf16 once, not at every use. It keeps casts of weights with a gradient only,
+    so they have one here, for the time of a computation that records none."""
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        module.requires_grad_(False)
 
 
 def per_token(tau: Levels | Tensor) -> Tensor:  # (B, N)
