@@ -65,6 +65,9 @@ def finetune(cfg: FinetuneConfig) -> Path:
         return folder
     model.activation_checkpointing = cfg.activation_checkpointing
     state = train.new_state(model, train.schedule(cfg), processes)
+    if cfg.compile:
+        state.model.compile_blocks()
+        state.teacher.compile_blocks()
     names, weights = list(cfg.modes), torch.tensor(list(cfg.modes.values()))
 
     def loss_fn(model, teacher, batch, generator):

@@ -42,6 +42,9 @@ def pretrain(cfg: PretrainConfig) -> Path:
     model = Model(config, packer.channels, packer.codec.config.patch).to(device)
     model.activation_checkpointing = cfg.activation_checkpointing
     state = train.new_state(model, train.schedule(cfg), processes)
+    if cfg.compile:
+        state.model.compile_blocks()
+        state.teacher.compile_blocks()
 
     def loss_fn(model, teacher, batch, generator):
         off = cfg.switch_off and state.step >= cfg.switch_off

@@ -56,6 +56,7 @@ class TrainingConfig:
     sample_every: int = key(0, "steps between videos of what the model expects of held-out windows; 0: never")
     plan: bool = key(False, "print parameters, FLOPs, memory, time and cost of the run, and stop")
     gpu_hour_price: float = key(0.0, "plan: of one GPU, for the cost")
+    compile: bool = key(False, "compile the blocks: minutes at the start; for long runs on a GPU")
     activation_checkpointing: bool = key(False, "compute activations again in the backward pass: less memory, 4/3 time")
     micro_batch: int = key(0, "windows per forward pass, gradients add up; 0: the whole batch (of a process)")
     nonfinite: str = key("stop", "at a loss that is not finite: stop, or skip the step; its batch is kept")

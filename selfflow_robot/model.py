@@ -213,6 +213,11 @@ class Model(nn.Module):
         self.projector = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, config.feature_width or D))
         self.init_weights()
 
+    def compile_blocks(self, **options) -> None:
+        """torch.compile of every block, with its options. All blocks share their code, so one is compiled."""
+        for block in self.blocks:
+            block.compile(**options)
+
     def init_weights(self) -> None:
         """All linear maps: uniform with variance 1 / (3 fan_in) (torch's default), biases zero. Residual gates, last
         modulation and heads: zero, so that the network starts as the zero velocity and every block as the identity."""

@@ -104,7 +104,7 @@ def objective(cfg: TrainingConfig, method: str, **settings) -> SelfFlowConfig:
 def identity(cfg: TrainingConfig, dataset: Dataset) -> dict:
     """The settings that make a run what it is: all but where, how long and how often it reports."""
     free = {"name", "data", "steps", "save_every", "validate_every", "sample_every", "threads", "device", "wandb"}
-    free |= {"plan", "gpu_hour_price", "activation_checkpointing"}
+    free |= {"plan", "gpu_hour_price", "activation_checkpointing", "compile"}
     free |= {"micro_batch", "sharding", "nonfinite"}  # how the same steps are computed
     return {k: v for k, v in asdict(cfg).items() if k not in free} | {"data_hash": dataset.hash}
 

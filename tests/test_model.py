@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from selfflow_robot.model import ModelConfig, attend, preset, rotate, rotation
+from selfflow_robot.model import Levels, ModelConfig, attend, preset, rotate, rotation
 from selfflow_robot.tokens import GENERATED
 from tests.synthetic import SMALL, make_batch, make_model, make_packer
 
@@ -128,6 +128,25 @@ def test_every_parameter_learns():
             velocity[tokens.where(GENERATED).expand(2, -1)].square().sum() + model.projector(features).square().sum()
         ).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("mode", ["policy", "pretrain_all"])
+def test_blocks_compile_whole_and_mean_the_same(mode):
+    """Traced without a break in the graph; the code that a compiler would make of it is not at stake here."""
+    tokens, z, t = noised(mode)
+    plain, compiled = make_model(PACKER), make_model(PACKER)
+    compiled.compile_blocks(backend="eager", fullgraph=True)
+    levels = Levels(
+        torch.rand(2, 3, generator=torch.Generator().manual_seed(0)), torch.arange(t.numel()).view_as(t) % 3
+    )
+    apart = torch.rand(t.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    gradients = []
+    for model in (plain, compiled):
+        outputs = [model(z, t, tokens)[0], model(z, levels, tokens, apart=apart)[0]]
+        sum(output.square().sum() for output in outputs).backward()
+        gradients.append([*outputs, model.blocks[0].qkv.weight.grad])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_wrong_sizes_are_refused():
