@@ -363,8 +363,8 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100, help="control steps measured (vector)")
     parser.add_argument("--resets", type=int, default=200)
-    parser.add_argument("--model", default="tiny", help="preset (train)")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per step (train)")
+    parser.add_argument("--model", default="small", help="preset (train)")
+    parser.add_argument("--batch_size", type=int, default=4, help="windows per step (train)")
     parser.add_argument("--rounds", type=int, default=15, help="of all variants in turn (train)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (train); 0: torch's choice")
     parser.add_argument(
