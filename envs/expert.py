@@ -9,7 +9,7 @@ All geometry is in the world frame: +x points from the cabinet towards the robot
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import sapien
@@ -61,10 +61,10 @@ SPREAD = dict(
 )  # fmt: skip
 
 
-def draw_style(rng: np.random.Generator, variation: float = 1.0) -> Style:
-    """A style from `rng`; variation 0 gives the nominal one, 1 the full spread."""
-    draws = {name: getattr(Style, name) + variation * rng.uniform(-half, half) for name, half in SPREAD.items()}
-    return Style(speed=1 + variation * rng.uniform(-0.3, 0.1), **draws)
+def draw_style(style: type, spread: dict[str, float], rng: np.random.Generator, variation: float = 1.0):
+    """A `style` from `rng`; variation 0 gives the nominal one, 1 the full spread."""
+    draws = {name: getattr(style, name) + variation * rng.uniform(-half, half) for name, half in spread.items()}
+    return style(speed=1 + variation * rng.uniform(-0.3, 0.1), **draws)
 
 
 class State(NamedTuple):
@@ -266,6 +266,18 @@ def home_pose(sim) -> sapien.Pose:
     return sim.agent.controller.forward_kinematics(sim.agent.init_qpos())
 
 
+def read_hand(sim) -> dict:
+    """What every expert's State begins with: tool centre point, rotation, opening, and the robot's base."""
+    base = sim.agent.body.root_pose
+    tcp = base * sim.agent.controller.tcp_pose()
+    return {
+        "p": np.asarray(tcp.p, dtype=np.float64),
+        "rotation": Rotation.from_quat(tcp.q, scalar_first=True),
+        "opening": float(np.clip(1 - sim.agent.closedness(), 0, 1)),
+        "base": base,
+    }
+
+
 class Expert:
     """A policy that sees the simulator's state. `style` holds the constants of the episode, the only thing it keeps.
 
@@ -273,15 +285,17 @@ class Expert:
     style) to 1 (`SPREAD`).
     """
 
+    styles: ClassVar[tuple[type, dict[str, float]]] = (Style, SPREAD)
+
     def __init__(self, env, rng: np.random.Generator | None = None, variation: float = 1.0):
         self.sim = env.unwrapped
         self.rng, self.variation = rng or np.random.default_rng(), variation
-        self.style, self.home = Style(), home_pose(self.sim)
+        self.style, self.home = self.styles[0](), home_pose(self.sim)
         self.models: dict[sapien.Entity, np.ndarray] = {}  # their corners
 
     def reset(self):
         """Draw the constants of the next episode."""
-        self.style = draw_style(self.rng, self.variation)
+        self.style = draw_style(*self.styles, self.rng, self.variation)
 
     def act(self) -> tuple[np.ndarray, bool]:
         """The action for the state now, canonical float32 (7,), and whether the first of two subtasks is finished:
@@ -295,14 +309,9 @@ class Expert:
 
     def _read_state(self) -> State:
         sim, thing = self.sim, self.sim.object
-        base = sim.agent.body.root_pose
-        tcp = base * sim.agent.controller.tcp_pose()
         return State(
-            p=np.asarray(tcp.p, dtype=np.float64),
-            rotation=Rotation.from_quat(tcp.q, scalar_first=True),
-            opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
+            **read_hand(sim),
             drawer=sim.drawer_qpos() if sim.cabinet else 0.0,
-            base=base,
             object=None if thing is None else np.asarray(thing.pose.p, dtype=np.float64),
             corners=None if thing is None else self._corners(thing),
             held=thing is not None and sim.agent.is_grasping(sim.contacts(), thing),

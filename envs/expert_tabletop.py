@@ -46,14 +46,6 @@ TABLE_SPREAD = dict(
 )  # fmt: skip
 
 
-def draw_table_style(rng: np.random.Generator, variation: float = 1.0) -> TableStyle:
-    """A style from `rng`; variation 0 gives the nominal one, 1 the full spread."""
-    draws = {
-        name: getattr(TableStyle, name) + variation * rng.uniform(-half, half) for name, half in TABLE_SPREAD.items()
-    }
-    return TableStyle(speed=1 + variation * rng.uniform(-0.3, 0.1), **draws)
-
-
 class Body(NamedTuple):
     """An object as it is now."""
 
@@ -197,16 +189,7 @@ def move_near(s: State, body: Body, target: Body, others: list[Body], table: flo
 class TabletopExpert(Expert):
     """The feedback law for "pick" and "near" tasks."""
 
-    def __init__(self, env, rng: np.random.Generator | None = None, variation: float = 1.0):
-        super().__init__(env, rng, variation)
-        self.style = TableStyle()
-
-    def reset(self):
-        self.style = draw_table_style(self.rng, self.variation)
-
-    def act(self) -> tuple[np.ndarray, bool]:
-        s = self._read_state()
-        return self._towards(s, self._waypoint(s, s.base * self.home)), False
+    styles = (TableStyle, TABLE_SPREAD)
 
     def _waypoint(self, s: State, home: sapien.Pose) -> Waypoint:
         setup = self.sim.setup

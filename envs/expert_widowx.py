@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import sapien
 from scipy.spatial.transform import Rotation
 
-from envs.expert import Expert, Waypoint, angle, clip, mix, ramp
+from envs.expert import Expert, Waypoint, angle, clip, mix, ramp, read_hand
 from envs.scenes import com_position
 
 MAX_STEP, MAX_TURN = 0.045, 0.3  # m, rad per control step at speed 1
@@ -83,38 +84,17 @@ SPREAD = dict(
 )  # fmt: skip
 
 
-def draw_style(rng: np.random.Generator, variation: float = 1.0) -> Style:
-    """A style from `rng`; variation 0 gives the nominal one, 1 the full spread."""
-    draws = {name: getattr(Style, name) + variation * rng.uniform(-half, half) for name, half in SPREAD.items()}
-    return Style(speed=1 + variation * rng.uniform(-0.3, 0.1), **draws)
-
-
 class State(NamedTuple):
     """What the expert looks at."""
 
     p: np.ndarray  # (3,) tool centre point
     rotation: Rotation  # of the hand; columns: x along the fingers, y the direction they open in
     opening: float  # 1 = open
-    base: Rotation
+    base: sapien.Pose
     source: np.ndarray  # (3,) centre of mass
     axis: np.ndarray  # (3,) the source's long axis
     target: np.ndarray  # (3,) centre of mass
     held: bool  # both fingers press on the source
-
-
-def read_state(sim) -> State:
-    base = sim.agent.body.root_pose
-    tcp = base * sim.agent.controller.tcp_pose()
-    return State(
-        p=np.asarray(tcp.p, dtype=np.float64),
-        rotation=Rotation.from_quat(tcp.q, scalar_first=True),
-        opening=float(np.clip(1 - sim.agent.closedness(), 0, 1)),
-        base=Rotation.from_quat(base.q, scalar_first=True),
-        source=np.asarray(com_position(sim.object), dtype=np.float64),
-        axis=Rotation.from_quat(sim.object.pose.q, scalar_first=True).apply([1, 0, 0]),
-        target=np.asarray(com_position(sim.things[sim.setup.target]), dtype=np.float64),
-        held=sim.agent.is_grasping(sim.contacts(), sim.object),
-    )
 
 
 def hand_down(yaw: float) -> Rotation:
@@ -183,24 +163,24 @@ def put_on(s: State, home, job: Job, style: Style) -> Waypoint:
 class WidowXExpert(Expert):
     """`envs.expert.Expert` for the four put-on tasks."""
 
-    def __init__(self, env, rng: np.random.Generator | None = None, variation: float = 1.0):
-        super().__init__(env, rng, variation)
-        self.style = Style()
+    styles = (Style, SPREAD)
 
-    def reset(self):
-        self.style = draw_style(self.rng, self.variation)
-
-    def act(self) -> tuple[np.ndarray, bool]:
-        s = read_state(self.sim)
-        home = self.sim.agent.body.root_pose * self.home
-        return self._towards(s, self._waypoint(s, home)), False
+    def _read_state(self) -> State:
+        sim = self.sim
+        return State(
+            **read_hand(sim),
+            source=np.asarray(com_position(sim.object), dtype=np.float64),
+            axis=Rotation.from_quat(sim.object.pose.q, scalar_first=True).apply([1, 0, 0]),
+            target=np.asarray(com_position(sim.things[sim.setup.target]), dtype=np.float64),
+            held=sim.agent.is_grasping(sim.contacts(), sim.object),
+        )
 
     def _waypoint(self, s: State, home) -> Waypoint:
         return put_on(s, home, JOBS[self.sim.task.put_on], self.style)
 
     def _towards(self, s: State, goal: Waypoint) -> np.ndarray:
         """A clipped share of the way to the waypoint in the base frame."""
-        to_base, controller = s.base.inv(), self.sim.agent.controller
+        to_base, controller = Rotation.from_quat(s.base.q, scalar_first=True).inv(), self.sim.agent.controller
         longest, widest = MAX_STEP * self.style.speed, MAX_TURN * self.style.speed
         step = to_base.apply(clip(GAIN * (goal.p - s.p), longest))
         turn = to_base.apply(clip(GAIN * (goal.rotation * s.rotation.inv()).as_rotvec(), widest))

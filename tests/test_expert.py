@@ -151,10 +151,10 @@ def test_actions_are_canonical_and_bounded(scene):
 
 
 def test_styles():
-    assert draw_style(np.random.default_rng(0), variation=0) == Style()
-    a, b = (draw_style(np.random.default_rng(1)) for _ in range(2))
-    assert a == b != draw_style(np.random.default_rng(2))
-    styles = [draw_style(np.random.default_rng(seed)) for seed in range(200)]
+    assert draw_style(Style, SPREAD, np.random.default_rng(0), variation=0) == Style()
+    a, b = (draw_style(Style, SPREAD, np.random.default_rng(1)) for _ in range(2))
+    assert a == b != draw_style(Style, SPREAD, np.random.default_rng(2))
+    styles = [draw_style(Style, SPREAD, np.random.default_rng(seed)) for seed in range(200)]
     assert set(SPREAD) | {"speed"} == {field.name for field in fields(Style)}
     for name, half in SPREAD.items():
         values = [getattr(style, name) for style in styles]

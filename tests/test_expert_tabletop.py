@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("sapien")
 
 from envs import make_env
-from envs.expert import DIRECTIONS, chords, make_expert, opening_across, shadows
-from envs.expert_tabletop import TABLE_SPREAD, TableStyle, TabletopExpert, draw_table_style
+from envs.expert import DIRECTIONS, chords, draw_style, make_expert, opening_across, shadows
+from envs.expert_tabletop import TABLE_SPREAD, TableStyle, TabletopExpert
 
 pytestmark = pytest.mark.sim
 
@@ -84,8 +84,8 @@ def test_takes_over_and_sees_only_the_state(scenes):
 
 
 def test_styles_stay_within_their_spread_and_differ():
-    assert draw_table_style(np.random.default_rng(0), 0) == TableStyle()
-    styles = [draw_table_style(np.random.default_rng(seed)) for seed in range(50)]
+    assert draw_style(TableStyle, TABLE_SPREAD, np.random.default_rng(0), 0) == TableStyle()
+    styles = [draw_style(TableStyle, TABLE_SPREAD, np.random.default_rng(seed)) for seed in range(50)]
     for name, half in TABLE_SPREAD.items():
         values = np.array([getattr(style, name) for style in styles]) - getattr(TableStyle(), name)
         assert np.abs(values).max() <= half and values.std() > half / 4

@@ -11,6 +11,7 @@ import sapien
 from scipy.spatial.transform import Rotation
 
 from envs import make_env
+from envs.expert import draw_style
 from envs.expert_widowx import (
     JOBS,
     MAX_STEP,
@@ -18,7 +19,6 @@ from envs.expert_widowx import (
     SPREAD,
     Style,
     WidowXExpert,
-    draw_style,
     grasp_yaw,
     hand_down,
     hand_yaw,
@@ -177,11 +177,11 @@ def test_a_target_is_kept_near_the_hand():
 
 
 def test_styles():
-    assert draw_style(np.random.default_rng(0), variation=0) == Style()
-    a, b = (draw_style(np.random.default_rng(1)) for _ in range(2))
-    assert a == b != draw_style(np.random.default_rng(2))
+    assert draw_style(Style, SPREAD, np.random.default_rng(0), variation=0) == Style()
+    a, b = (draw_style(Style, SPREAD, np.random.default_rng(1)) for _ in range(2))
+    assert a == b != draw_style(Style, SPREAD, np.random.default_rng(2))
     assert set(SPREAD) | {"speed"} == {field.name for field in fields(Style)}
-    styles = [draw_style(np.random.default_rng(seed)) for seed in range(100)]
+    styles = [draw_style(Style, SPREAD, np.random.default_rng(seed)) for seed in range(100)]
     for name, half in SPREAD.items():
         assert all(abs(getattr(style, name) - getattr(Style, name)) <= half for style in styles)
     assert all(0.7 <= style.speed <= 1.1 for style in styles)
