@@ -21,7 +21,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     from selfflow_robot import data, latents, plan, train
     from selfflow_robot.flow import TimestepDistribution
     from selfflow_robot.model import Model, preset
-    from selfflow_robot.processes import join, part_loss
+    from selfflow_robot.processes import part_loss
     from selfflow_robot.tokens import MODES, VIDEO_ONLY, Layout, Packer
     from selfflow_robot.validation import action_errors, held_out, sample_video, video_loss
 
@@ -29,8 +29,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
         raise ValueError(
             f"modes: {', '.join(sorted(wrong))} unknown; there are {', '.join(MODES.keys() - set(VIDEO_ONLY))}"
         )
-    processes = join(cfg.device, cfg.sharding)
-    dataset, device = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
+    dataset, device, processes = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
     folder = Path("runs") / cfg.name
     height, width, _ = dataset.image_shape
     layout = Layout(cfg.past, cfg.future, cfg.horizon, height=height, width=width, view=dataset.view, fps=dataset.fps)
@@ -63,11 +62,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     if cfg.plan:
         plan.show(cfg.name, model.config, packer.channels, modes, cfg.batch_size, cfg.steps, device, cfg.gpu_hour_price)
         return folder
-    model.activation_checkpointing = cfg.activation_checkpointing
-    state = train.new_state(model, train.schedule(cfg), processes)
-    if cfg.compile:
-        state.model.compile_blocks()
-        state.teacher.compile_blocks()
+    state = train.begin(cfg, model, processes)
     names, weights = list(cfg.modes), torch.tensor(list(cfg.modes.values()))
 
     def loss_fn(model, teacher, batch, generator):

@@ -20,12 +20,11 @@ def pretrain(cfg: PretrainConfig) -> Path:
     from selfflow_robot import data, latents, plan, train
     from selfflow_robot.encoder import Encoder
     from selfflow_robot.model import Model, preset
-    from selfflow_robot.processes import join, part_loss
+    from selfflow_robot.processes import part_loss
     from selfflow_robot.tokens import Layout, Packer
     from selfflow_robot.validation import held_out, sample_video, video_loss
 
-    processes = join(cfg.device, cfg.sharding)
-    dataset, device = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
+    dataset, device, processes = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
     height, width, _ = dataset.image_shape
     layout = Layout(future=cfg.future, height=height, width=width, view=dataset.view, fps=dataset.fps)
     windows = data.windows(dataset, layout.past, layout.future, horizon=1)
@@ -40,11 +39,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         plan.show(cfg.name, config, packer.channels, modes, cfg.batch_size, cfg.steps, device, cfg.gpu_hour_price)
         return Path("runs") / cfg.name
     model = Model(config, packer.channels, packer.codec.config.patch).to(device)
-    model.activation_checkpointing = cfg.activation_checkpointing
-    state = train.new_state(model, train.schedule(cfg), processes)
-    if cfg.compile:
-        state.model.compile_blocks()
-        state.teacher.compile_blocks()
+    state = train.begin(cfg, model, processes)
 
     def loss_fn(model, teacher, batch, generator):
         off = cfg.switch_off and state.step >= cfg.switch_off

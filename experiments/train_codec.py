@@ -25,13 +25,11 @@ def train_codec(cfg: TrainCodecConfig) -> Path:
 
     from selfflow_robot import autoencoder, data, train
     from selfflow_robot.codec import Codec, CodecConfig, to_float
-    from selfflow_robot.processes import join
     from selfflow_robot.tokens import Layout, Packer
 
     if cfg.crop % 16 or cfg.crop < 0 or cfg.frames < 1 or cfg.stride < 1:
         raise ValueError(f"crop must be a multiple of 16, frames and stride at least 1, got {cfg}")
-    dataset, device = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
-    processes = join(cfg.device, cfg.sharding)
+    dataset, device, processes = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
     height, width, _ = dataset.image_shape
     if cfg.crop > min(height, width):
         raise ValueError(f"crop {cfg.crop} is larger than the frames, {height} x {width}")
@@ -66,8 +64,6 @@ def train_codec(cfg: TrainCodecConfig) -> Path:
         return psnr(packer.codec, shown)
 
     folder = Path("runs") / cfg.name
-    free = {"name", "data", "steps", "save_every", "threads", "device", "wandb"}
-    identity = {k: v for k, v in asdict(cfg).items() if k not in free} | {"data_hash": dataset.hash}
     schedule = train.TrainConfig(
         steps=cfg.steps, lr=cfg.lr, weight_decay=cfg.weight_decay, warmup=cfg.warmup, cooldown=cfg.cooldown,
         ema=cfg.ema, seed=cfg.seed,
@@ -77,7 +73,7 @@ def train_codec(cfg: TrainCodecConfig) -> Path:
         train.new_state(model, schedule, processes),
         packer,
         schedule,
-        {"kind": "codec", "method": "autoencoder", "identity": identity, "config": asdict(cfg)},
+        {"kind": "codec", "method": "autoencoder", "identity": train.identity(cfg, dataset), "config": asdict(cfg)},
         batches=batches,
         loss_fn=loss_fn,
         validate=validate,

@@ -65,9 +65,9 @@ class State:
     skipped: int = 0
 
 
-def start(cfg: TrainingConfig, collect: Path) -> tuple[Dataset, torch.device]:
-    """Threads, seed, device and data of a training script. The default data set, where absent, is collected first by
-    the script `collect`."""
+def start(cfg: TrainingConfig, collect: Path) -> tuple[Dataset, torch.device, Processes]:
+    """Threads, seed, device, data and processes of a training script. The default data set, where absent, is collected
+    first by the script `collect`."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # of the initial weights
@@ -78,7 +78,7 @@ def start(cfg: TrainingConfig, collect: Path) -> tuple[Dataset, torch.device]:
         print(f"No data set at {cfg.data} yet: collecting the default one ({collect.name}).", flush=True)
         subprocess.run([sys.executable, str(collect)], check=True)
     processes.wait()
-    return open_dataset(cfg.data), device
+    return open_dataset(cfg.data), device, processes
 
 
 def schedule(cfg: TrainingConfig) -> TrainConfig:
@@ -117,6 +117,16 @@ def new_state(model: Model, config: TrainConfig, processes: Processes = ALONE) -
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
     return State(model, teacher, optimizer, loss, processes)
+
+
+def begin(cfg: TrainingConfig, model: Model, processes: Processes) -> State:
+    """The state of a training script's model before its first step, computed as the settings say."""
+    model.activation_checkpointing = cfg.activation_checkpointing
+    state = new_state(model, schedule(cfg), processes)
+    if cfg.compile:
+        state.model.compile_blocks()
+        state.teacher.compile_blocks()
+    return state
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
