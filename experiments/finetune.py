@@ -4,8 +4,10 @@
     python experiments/finetune.py --method flow_matching     from the newest baseline
     python experiments/finetune.py --pretrained none          from scratch
 
-Adds proprioception, text and actions; every batch draws one of the role assignments (`modes`). Writes runs/<name>:
-checkpoint/, metrics.jsonl, config.json. Interrupt it at any time: the same command continues.
+Adds proprioception, text and actions; every batch draws one of the role assignments (`modes`), the corners that the
+checkpoint will be asked for. `--corners false` is the paper's recipe instead: frames and actions generated together,
+at one noise level. Writes runs/<name>: checkpoint/, metrics.jsonl, config.json. Interrupt it at any time: the same
+command continues.
 """
 
 from dataclasses import asdict, replace
@@ -23,7 +25,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     from selfflow_robot.model import Model, preset
     from selfflow_robot.processes import part_loss
     from selfflow_robot.tokens import MODES, VIDEO_ONLY, Layout, Packer
-    from selfflow_robot.validation import action_errors, held_out, sample_video, video_loss
+    from selfflow_robot.validation import action_errors, action_following, held_out, sample_video, video_loss
 
     if wrong := cfg.modes.keys() - (MODES.keys() - set(VIDEO_ONLY)):
         raise ValueError(
@@ -47,10 +49,11 @@ def finetune(cfg: FinetuneConfig) -> Path:
         model.train().requires_grad_(True)
     packer.fit_statistics(dataset.stats)
     model, packer = model.to(device), packer.to(device)
+    chances = cfg.modes if cfg.corners else {"joint_plan": 1.0}
     objective = train.objective(
         cfg,
         cfg.method if cfg.self_flow_terms else "flow_matching",
-        action_noise=cfg.action_noise,
+        action_noise=cfg.action_noise if cfg.corners else "shared",
         action_mask_ratio=cfg.action_mask_ratio,
         action_levels=TimestepDistribution(cfg.action_levels, cfg.action_shift),
         video_weight=cfg.video_weight,
@@ -58,18 +61,24 @@ def finetune(cfg: FinetuneConfig) -> Path:
     )
     if objective.features == "encoder" or (objective.features == "teacher" and model.config.feature_width):
         raise ValueError("fine-tuning has no external encoder: leave self_flow_terms off after repa")
-    modes = plan.by_mode(packer, cfg.modes, objective, cfg.draws)
+    modes = plan.by_mode(packer, chances, objective, cfg.draws)
     if cfg.plan:
         plan.show(cfg.name, model.config, packer.channels, modes, cfg.batch_size, cfg.steps, device, cfg.gpu_hour_price)
         return folder
     state = train.begin(cfg, model, processes)
-    names, weights = list(cfg.modes), torch.tensor(list(cfg.modes.values()))
+    names, weights = list(chances), torch.tensor(list(chances.values()))
+
+    def draw_committed(mode, generator) -> int:
+        share = cfg.committed if mode in ("policy", "joint_plan") and layout.horizon > 1 else 0.0
+        count = torch.randint(1, max(layout.horizon, 2), (), generator=generator).item()
+        return count if torch.rand((), generator=generator) < share else 0
 
     def loss_fn(model, teacher, batch, generator):
         mode = names[torch.multinomial(weights, 1, generator=generator)]
+        committed = draw_committed(mode, generator) if cfg.corners else 0
         config = objective.switched_off() if cfg.switch_off and state.step >= cfg.switch_off else objective
         config = replace(config, draws=cfg.draws if mode == "policy" else 1)
-        total, terms = part_loss(model, teacher, lambda: packer.pack(batch, mode), config, generator)
+        total, terms = part_loss(model, teacher, lambda: packer.pack(batch, mode, committed), config, generator)
         return total, {name if name == "loss" else f"{name}/{mode}": term for name, term in terms.items()}
 
     batch = held_out(dataset, layout)
@@ -78,7 +87,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
     def validate(model):
         if batch is None:
             return {}
-        return video_loss(model, packer, batch, "world_model") | action_errors(model, packer, batch)
+        following = action_following(model, packer, batch)
+        return video_loss(model, packer, batch, "world_model") | action_errors(model, packer, batch) | following
 
     train.fit(
         folder,

@@ -4,15 +4,15 @@ from collections import deque
 
 import numpy as np
 
-from policies.flow_policy import FlowPolicy, Plan
-from selfflow_robot.flow import generator
+from policies.flow_policy import Plan
 from selfflow_robot.interfaces import Observation
 
 
 class ChunkedPolicy:
     """Deterministic: the noise of the k-th step of an episode depends on (seed, k) alone, not on earlier episodes."""
 
-    def __init__(self, policy: FlowPolicy, execute: int = 4, seed: int = 0):
+    def __init__(self, policy, execute: int = 4, seed: int = 0):
+        """policy: a `FlowPolicy`, or anything with its `layout`, `check` and `plan`."""
         if not 1 <= execute <= policy.layout.horizon:
             raise ValueError(f"execute must be 1 to the checkpoint's horizon {policy.layout.horizon}, got {execute}")
         self.policy, self.execute, self.seed = policy, execute, seed
@@ -38,12 +38,12 @@ class ChunkedPolicy:
         return self.queue.popleft()
 
     def plan(self, observation: Observation) -> Plan:
-        """The whole chunk that would follow from here, with the video in mode "joint_plan"; nothing changes."""
+        """The whole chunk that would follow from here, with the video where it is imagined; nothing changes."""
         return self._plan([*self.history, self._checked(observation)], self.step + 1)
 
     def _plan(self, history: list[Observation], step: int) -> Plan:
         past = [history[max(0, len(history) - 1 + offset)] for offset in self.policy.layout.past]  # as in training
-        return self.policy.plan(past, generator(self.seed, step))
+        return self.policy.plan(past, (self.seed, step))
 
     def _checked(self, observation: Observation) -> Observation:
         if not observation["instruction"]:

@@ -1,8 +1,11 @@
 """A trained network as a function: observation history -> action chunk, and the video it expects.
 
-Normalisation, codec and tokens are those of training: the checkpoint brings its own `Packer`.
+Normalisation, codec and tokens are those of training: the checkpoint brings its own `Packer`. `imagination` is the dial
+between acting without a thought of the future (0: future frames are left out, the fastest) and imagining it in full
+along with the actions (1: "joint_plan"); between, frames are denoised so far and no further.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,71 +14,117 @@ import numpy as np
 import torch
 
 from selfflow_robot import checkpoint
-from selfflow_robot.interfaces import PROPRIO_DIM, Observation
+from selfflow_robot.flow import generator
+from selfflow_robot.interfaces import ACTION_DIM, PROPRIO_DIM, Observation
 from selfflow_robot.model import Model, precision
-from selfflow_robot.tokens import Packer, generate
+from selfflow_robot.tokens import Packer, Roles, Tokens, generate
 
-MODES = ("policy", "joint_plan")
+
+class Request(NamedTuple):
+    history: Sequence[Observation]  # at the layout's past offsets, oldest first
+    key: tuple[int, int]  # (seed, control step) names the noise: the same key gives the same plan
+    committed: np.ndarray | None = None  # float32 (k, 7), canonical: the chunk's first actions, on their way already
 
 
 class Plan(NamedTuple):
-    actions: np.ndarray  # float32 (H, 7), canonical
-    video: np.ndarray | None  # uint8 (F, H, W, 3) at the layout's future offsets; None in mode "policy"
+    actions: np.ndarray  # float32 (H, 7), canonical; the committed ones first, unchanged
+    video: np.ndarray | None  # uint8 (F, H, W, 3) at the layout's future offsets; None unless imagined to the end
 
 
 class FlowPolicy:
-    def __init__(self, model: Model, packer: Packer, steps: int = 8, mode: str = "policy"):
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r}: a policy plans in one of {', '.join(MODES)}")
+    def __init__(self, model: Model, packer: Packer, steps: int = 8, imagination: float = 0.0, cached: bool = True):
+        """steps: of the sampler. cached False computes the whole sequence in every one of them, to compare with."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        if not 0 <= imagination <= 1:
+            raise ValueError(f"imagination must be from 0 (act only) to 1 (imagine in full), got {imagination}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.packer = model.to(self.device).eval(), packer.to(self.device)
-        self.steps, self.mode = steps, mode
+        self.steps, self.imagination, self.cached = steps, imagination, cached
+        self.manifest: dict = {}
 
     @classmethod
-    def load(cls, path: str | Path, steps: int = 8, mode: str = "policy") -> "FlowPolicy":
+    def load(cls, path: str | Path, steps: int = 8, imagination: float = 0.0, cached: bool = True) -> "FlowPolicy":
         model, packer, manifest = checkpoint.load_model(path)
         if manifest.get("kind") != "finetune":
             raise ValueError(
                 f"{path} is a video backbone. Fine-tune it: python experiments/finetune.py --pretrained {path}"
             )
-        return cls(model, packer, steps, mode)
+        policy = cls(model, packer, steps, imagination, cached)
+        policy.manifest = manifest
+        return policy
 
     @property
     def layout(self):
         return self.packer.layout
 
-    def plan(self, history: Sequence[Observation], generator: torch.Generator) -> Plan:
-        """history: observations at the layout's past offsets, oldest first. The same generator gives the same plan."""
-        now = history[-1]
-        frames = np.stack([observation["images"][self.layout.view] for observation in history])
-        batch = {
-            "video": torch.from_numpy(frames)[None],
-            "proprio": torch.from_numpy(np.asarray(now["proprio"]))[None],
-            "instruction": [now["instruction"]],
-        }
-        tokens, z = self._generate(batch, self.mode, generator)
-        actions = self.packer.actions(tokens, z)[0].cpu().numpy()
-        video = self.packer.video(tokens, z)[0].cpu().numpy() if self.mode == "joint_plan" else None
-        return Plan(actions, video)
+    def plan(self, history: Sequence[Observation], key: tuple[int, int], committed: np.ndarray | None = None) -> Plan:
+        """The chunk that follows `history`; see `Request`."""
+        return self.plans([Request(history, key, committed)])[0]
 
-    def predict_video(self, batch: dict, generator: torch.Generator) -> np.ndarray:
+    def plans(self, requests: Sequence[Request]) -> list[Plan]:
+        """Plans of several robots in one batch. No request's noise or observation reaches another's plan; computing
+        together may round differently than computing alone."""
+        groups = defaultdict(list)  # a batch has one row of roles, so as many committed actions everywhere
+        for index, request in enumerate(requests):
+            groups[0 if request.committed is None else len(request.committed)].append(index)
+        made: dict[int, Plan] = {}
+        for count, indices in groups.items():
+            made |= zip(indices, self._plans([requests[index] for index in indices], count))
+        return [made[index] for index in range(len(requests))]
+
+    def _plans(self, requests: list[Request], count: int) -> list[Plan]:
+        layout, batch = self.layout, observed([request.history for request in requests], self.layout.view)
+        if count >= layout.horizon:
+            raise ValueError(f"{count} committed actions leave nothing to plan in a horizon of {layout.horizon}")
+        if count:
+            committed = np.stack([np.asarray(request.committed, np.float32) for request in requests])
+            if committed.shape[1:] != (count, ACTION_DIM) or not np.isfinite(committed).all():
+                raise ValueError(f"committed actions: expected finite numbers ({count}, {ACTION_DIM})")
+            rest = np.zeros((len(requests), layout.horizon - count, ACTION_DIM), np.float32)
+            batch["executed"] = torch.from_numpy(np.concatenate([committed, rest], 1))
+        mode = "joint_plan" if self.imagination > 0 else "policy"
+        tokens, z = self.generate(batch, mode, [generator(*request.key) for request in requests], count)
+        actions = self.packer.actions(tokens, z).cpu().numpy()
+        if count:
+            actions[:, :count] = committed  # to the bit, which normalising and back is not
+        videos = self.packer.video(tokens, z).cpu().numpy() if self.imagination == 1 else [None] * len(requests)
+        return [Plan(*plan) for plan in zip(actions, videos)]
+
+    def predict_video(self, batch: dict, generator: torch.Generator | Sequence[torch.Generator]) -> np.ndarray:
         """World model: what the camera will show at the layout's future offsets if `executed` is done.
 
         batch: video uint8 (B, T, H, W, 3) of which the past frames are used, proprio (B, P), executed (B, H, 7),
         instruction (B strings), as `data.Windows.gather` gives them. -> uint8 (B, F, H, W, 3).
         """
-        past = batch | {"video": batch["video"][:, : len(self.layout.past)]}
-        past.pop("video_mask", None)
-        tokens, z = self._generate(past, "world_model", generator)
+        tokens, z = self.generate(self._past(batch), "world_model", generator)
         return self.packer.video(tokens, z).cpu().numpy()
 
+    def explain(self, batch: dict, generator: torch.Generator | Sequence[torch.Generator]) -> np.ndarray:
+        """Inverse dynamics: the actions (B, H, 7) that lead from the past frames of `video` to its future ones."""
+        wanted = {name: batch[name] for name in ("video", "proprio", "instruction")}
+        tokens, z = self.generate(wanted, "inverse_dynamics", generator)
+        return self.packer.actions(tokens, z).cpu().numpy()
+
     @torch.no_grad()
-    def _generate(self, batch: dict, mode: str, generator: torch.Generator):
-        tokens = self.packer.pack(batch, mode)
+    def generate(
+        self,
+        batch: dict,
+        mode: str | Roles,
+        generator: torch.Generator | Sequence[torch.Generator],
+        committed: int = 0,
+    ) -> tuple[Tokens, torch.Tensor]:
+        """Any role assignment: tokens, and their sampled z (B, N, C), for `packer.actions` and `packer.video`."""
+        tokens = self.packer.pack(batch, mode, committed)
+        imagination = self.imagination if mode == "joint_plan" else 1.0
         with precision(self.device):
-            return tokens, generate(self.model, tokens, self.steps, generator)
+            z = generate(self.model, tokens, self.steps, generator, imagination=imagination, cached=self.cached)
+        return tokens, z
+
+    def _past(self, batch: dict) -> dict:
+        unknown = ("video_mask", "latents")  # of the frames that are cut off
+        kept = {name: value for name, value in batch.items() if name not in unknown}
+        return kept | {"video": batch["video"][:, : len(self.layout.past)]}
 
     def check(self, observation: Observation) -> None:
         """Raises ValueError naming the field that is not what the checkpoint was trained on."""
@@ -104,3 +153,14 @@ class FlowPolicy:
                 f"observation instruction: the checkpoint reads text of at most {layout.text_bytes} bytes, "
                 f"got {instruction!r}"
             )
+
+
+def observed(histories: Sequence[Sequence[Observation]], view: str) -> dict:
+    """Observation histories (B of them, T long) as a batch for `Packer.pack`: video (B, T, H, W, 3), proprio (B, P) and
+    instruction of the last."""
+    now = [history[-1] for history in histories]
+    return {
+        "video": torch.from_numpy(np.stack([[o["images"][view] for o in history] for history in histories])),
+        "proprio": torch.from_numpy(np.stack([np.asarray(o["proprio"]) for o in now])),
+        "instruction": [o["instruction"] for o in now],
+    }

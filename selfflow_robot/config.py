@@ -98,19 +98,21 @@ class FinetuneConfig(TrainingConfig):
     method: str = key("self_flow", "which backbone to start from, by its pretraining: self_flow or flow_matching")
     pretrained: str | None = key(None, "run or folder; default the newest pretraining by `method`; none: from scratch")
     self_flow_terms: bool = key(False, "keep Self-Flow's terms in fine-tuning (off: both arms learn the same loss)")
-    action_noise: str = key("shared", "noise level of actions: shared (the video's t), masked (its mask too) or own")
+    action_noise: str = key("own", "noise level of actions: shared (the video's t), masked (its mask too) or own")
     action_mask_ratio: float = key(0.0, "masked, own: share of action tokens at the second level")
     action_levels: str = key("uniform", "own: distribution of the actions' noise levels")
     action_shift: float = key(1.0, "own: of the actions' noise levels towards noise")
     steps: int = key(4000, "updates")
     lr: float = key(1e-3, "peak learning rate")
     past: list[int] = key([0], "frames given, in control steps (0: now)")
-    future: list[int] = key([8], "frames predicted")
+    future: list[int] = key([4, 8], "frames predicted")
     horizon: int = key(8, "actions predicted from now on")
     modes: dict[str, float] = key(
-        {"policy": 0.7, "joint_plan": 0.06, "world_model": 0.12, "inverse_dynamics": 0.08, "video_prediction": 0.04},
+        {"policy": 0.5, "joint_plan": 0.12, "world_model": 0.22, "inverse_dynamics": 0.1, "video_prediction": 0.06},
         "probability of each role assignment, drawn per batch",
     )
+    committed: float = key(0.3, "share of policy and joint_plan batches that are given some of the first actions")
+    corners: bool = key(True, "false: frames and actions always generated together at one level, as in the paper")
     video_weight: float = key(1.0, "of the video loss (mean over tokens and channels)")
     action_weight: float = key(1.0, "of the action loss")
     draws: int = key(4, "noise draws per window in mode policy; the observation is computed once for all of them")

@@ -63,19 +63,21 @@ def sample(
     hidden: Tensor,
     steps: int,
     alpha: float = 1.0,
+    end: Tensor | float = 0.0,
 ) -> Tensor:
     """Euler integration of the generated tokens from noise to data; policy, world model, inverse dynamics: only the
     masks change.
 
     velocity(z (B, N, C), t (B, N)) -> (B, N, C). z starts as noise where tokens are generated or hidden and as data
-    where they are given; generated, hidden bool (B, N) or (1, N). `alpha` spends more of the `steps` near noise.
+    where they are given; generated, hidden bool (B, N) or (1, N). `alpha` spends more of the `steps` near noise. `end`
+    (1, N): the level at which a generated token stops, 0 for data.
     """
     if steps < 1:
         raise ValueError(f"sampling needs at least one step, got {steps}")
     given_level = hidden.to(z.dtype).expand(z.shape[:2])  # (B, N): 1 where hidden, 0 where given
     for t0, t1 in pairwise(shift(torch.linspace(1, 0, steps + 1, device=z.device), alpha)):
-        t = torch.where(generated, t0, given_level)  # (B, N)
-        z = z + torch.where(generated, t1 - t0, 0.0)[..., None] * velocity(z, t)
+        t = torch.where(generated, end + (1 - end) * t0, given_level)  # (B, N)
+        z = z + torch.where(generated, (1 - end) * (t1 - t0), 0.0)[..., None] * velocity(z, t)
     return z
 
 

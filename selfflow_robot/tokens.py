@@ -1,14 +1,17 @@
 """Frames, actions, proprioception and text -> one row of tokens with coordinates and roles, and back.
 
-A mode is a row of a table of roles, not a function. Given tokens come first (the prefix); they never attend to the
-rest, so that their keys and values can be computed once per observation. Roles are the same for a whole batch.
+A mode is a row of a table of roles, not a function: `generate(model, packer.pack(batch, mode), ...)`. Given tokens come
+first (the prefix); they never attend to the rest, so that their keys and values can be computed once per observation.
+Roles are the same for a whole batch.
 
 B batch, T frames, h x w patches, N tokens, C channels (the widest kind's; narrower kinds use the first ones),
 L bytes, H horizon.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +23,26 @@ from selfflow_robot.interfaces import ACTION_DIM, ACTION_NAMES, PROPRIO_DIM
 KINDS = ("text", "proprio", "video", "action")  # the fourth coordinate is the index
 GIVEN, GENERATED, HIDDEN = "given", "generated", "hidden"
 
-# mode -> roles of past frames, future frames, actions; None: left out of the sequence.
+
+class Roles(NamedTuple):
+    """Who is what; None: left out of the sequence."""
+
+    past: str  # frames
+    future: str | None  # frames
+    actions: str | None
+    conditions: bool = True  # text and proprioception, always given
+
+
 MODES = {
-    "policy": (GIVEN, None, GENERATED),
-    "joint_plan": (GIVEN, GENERATED, GENERATED),
-    "world_model": (GIVEN, GENERATED, GIVEN),
-    "inverse_dynamics": (GIVEN, GIVEN, GENERATED),
-    "video_prediction": (GIVEN, GENERATED, HIDDEN),
-    "pretrain": (GIVEN, GENERATED, None),  # video only: neither text nor proprioception
-    "pretrain_all": (GENERATED, GENERATED, None),
+    "policy": Roles(GIVEN, None, GENERATED),
+    "joint_plan": Roles(GIVEN, GENERATED, GENERATED),
+    "world_model": Roles(GIVEN, GENERATED, GIVEN),
+    "inverse_dynamics": Roles(GIVEN, GIVEN, GENERATED),
+    "video_prediction": Roles(GIVEN, GENERATED, HIDDEN),
+    "pretrain": Roles(GIVEN, GENERATED, None, conditions=False),
+    "pretrain_all": Roles(GENERATED, GENERATED, None, conditions=False),
 }
-VIDEO_ONLY = ("pretrain", "pretrain_all")
+VIDEO_ONLY = tuple(name for name, roles in MODES.items() if not roles.conditions)
 BYTES_PER_TOKEN = 4
 
 
@@ -131,17 +143,23 @@ class Packer(nn.Module):
     def grid(self) -> tuple[int, int]:
         return self.layout.height // self.codec.config.patch, self.layout.width // self.codec.config.patch
 
-    def pack(self, batch: dict, mode: str) -> Tokens:
+    def pack(self, batch: dict, mode: str | Roles, committed: int = 0) -> Tokens:
         """A batch of `data.Windows.gather`, or only the parts of it that the mode gives, -> Tokens.
 
+        mode: a name in MODES, or roles of one's own. committed: so many of the first actions to be generated are given
+        instead: they are on their way already, or done (`executed`).
         video uint8 (B, T, H, W, 3): past frames, then (where given or to be learned) future ones; action, executed
         (B, H, 7); proprio (B, P); instruction: B strings; where cached, latents (B, T, h, w, C) as `codec.raw` gives
         them. Policies learn what the expert would do (`action`); wherever actions explain the video they are what was
         done (`executed`). Raises ValueError on a wrong shape.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
-        past_role, future_role, action_role = MODES[mode]
+        if isinstance(mode, str) and mode not in MODES:
+            raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}, or give Roles")
+        past_role, future_role, action_role, conditions = MODES[mode] if isinstance(mode, str) else mode
+        if committed and not (action_role == GENERATED and 0 < committed < self.layout.horizon):
+            raise ValueError(
+                f"{committed} committed actions: of {self.layout.horizon} that are generated, fewer than all"
+            )
         layout, device = self.layout, self.action_centre.device
         video = batch["video"].to(device)
         B, T = video.shape[:2]
@@ -151,7 +169,7 @@ class Packer(nn.Module):
             raise ValueError(f"video {tuple(video.shape)}: expected {num_past} or {num_frames} frames of {size}")
         parts = []  # (kind, role, x (B, n, C), ids (n, 4), weight (B, n))
         text = None
-        if mode not in VIDEO_ONLY:
+        if conditions:
             text = encode_text(batch["instruction"], layout.text_bytes).to(device)
             n = layout.text_bytes // BYTES_PER_TOKEN
             parts.append(("text", GIVEN, torch.zeros(B, n, 1, device=device), _ids("text", cols=n), None))
@@ -177,13 +195,15 @@ class Packer(nn.Module):
                 ("video", role, latents.flatten(1, 3), ids, mask.repeat_interleave(self.grid[0] * self.grid[1], 1))
             )
         if action_role is not None:
-            name = "action" if mode == "policy" else "executed"
-            if name not in batch and action_role == GIVEN:
-                raise ValueError(f"mode {mode} needs the actions ({name})")
-            action = self.normalise_action(batch[name].to(device)) if name in batch else None
-            action = torch.zeros(B, layout.horizon, ACTION_DIM, device=device) if action is None else action
+            # A policy learns what the expert would do; where actions explain frames they are what was done.
+            name = "action" if action_role == GENERATED and future_role is None else "executed"
+            action = self._actions(batch, name, given=action_role == GIVEN)
             mask = batch.get("action_mask", torch.ones(B, layout.horizon, dtype=torch.bool)).to(device)
-            parts.append(("action", action_role, action, _ids("action", range(layout.horizon)), mask))
+            ids = _ids("action", range(layout.horizon))
+            if committed:
+                done = self._actions(batch, "executed", given=True)[:, :committed]
+                parts.append(("action", GIVEN, done, ids[:committed], None))
+            parts.append(("action", action_role, action[:, committed:], ids[committed:], mask[:, committed:]))
         frames = to_float(torch.cat(given_frames, 1)) if given_frames else None
         return _join(sorted(parts, key=lambda part: part[1] != GIVEN), max(self.channels.values()), text, frames)
 
@@ -197,6 +217,16 @@ class Packer(nn.Module):
             return self.codec.encode(video[:, part])
         return self.codec.encode(video[:, : part.stop])[:, part]  # what comes later has no influence
 
+    def _actions(self, batch: dict, name: str, given: bool) -> Tensor:  # normalised, (B, H, 7)
+        shape = (len(batch["video"]), self.layout.horizon, ACTION_DIM)
+        if name not in batch:
+            if given:
+                raise ValueError(f"given actions: the batch has no {name!r}")
+            return torch.zeros(shape, device=self.action_centre.device)
+        if batch[name].shape[1:] != shape[1:]:
+            raise ValueError(f"{name} {tuple(batch[name].shape)}: expected {shape}")
+        return self.normalise_action(batch[name].to(self.action_centre.device))
+
     def normalise_action(self, action: Tensor) -> Tensor:  # (..., 7)
         return (action.float() - self.action_centre) / self.action_scale
 
@@ -206,8 +236,9 @@ class Packer(nn.Module):
         return torch.cat([action[..., :-1], action[..., -1:].clamp(0, 1)], -1)
 
     def actions(self, tokens: Tokens, z: Tensor) -> Tensor:
-        """Generated action tokens of z (B, N, C) -> canonical actions (B, H, 7)."""
-        return self.denormalise_action(z[:, tokens.rows("action", GENERATED), :ACTION_DIM])
+        """Action tokens of z (B, N, C), given ones first, -> canonical actions (B, H, 7)."""
+        rows = [tokens.rows("action", role) for role in (GIVEN, GENERATED)]
+        return self.denormalise_action(torch.cat([z[:, part, :ACTION_DIM] for part in rows], 1))
 
     def video(self, tokens: Tokens, z: Tensor) -> Tensor:
         """Generated video tokens of z (B, N, C) -> uint8 (B, T, H, W, 3)."""
@@ -218,13 +249,32 @@ class Packer(nn.Module):
         return frames[:, (given.stop - given.start) // math.prod(self.grid) :]
 
 
-def generate(model, tokens: Tokens, steps: int, generator: torch.Generator, alpha: float = 1.0) -> Tensor:
-    """Samples the generated tokens: (B, N, C). The prefix is computed once."""
-    noise = torch.randn(tokens.x.shape, generator=generator).to(tokens.x.device)
+def generate(
+    model,
+    tokens: Tokens,
+    steps: int,
+    generator: torch.Generator | Sequence[torch.Generator],
+    alpha: float = 1.0,
+    imagination: float = 1.0,
+    cached: bool = True,
+) -> Tensor:
+    """Samples the generated tokens: (B, N, C). The given tokens' keys and values are computed once; `cached` False
+    computes the whole sequence in every step, which gives the same and is there to be compared with.
+
+    generator: one for the batch, or one per row, which makes a row's noise independent of its neighbours. imagination:
+    how far generated frames are denoised while actions are, 1: to the end. Below 1 they stop at level 1 - imagination,
+    which is enough to act on and is no video.
+    """
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    rows, rest = divmod(len(tokens.x), len(generators))
+    if rest or not rows:
+        raise ValueError(f"{len(generators)} generators for {len(tokens.x)} rows: one, or one each")
+    noise = torch.cat([torch.randn((rows, *tokens.x.shape[1:]), generator=g) for g in generators]).to(tokens.x.device)
     generated, hidden = tokens.where(GENERATED), tokens.where(HIDDEN)
     z = torch.where((generated | hidden)[..., None], noise, tokens.x)
-    cache = model.prefix_cache(tokens.x, torch.zeros_like(z[..., 0]), tokens)
-    return sample(lambda z, t: model(z, t, tokens, cache=cache)[0], z, generated, hidden, steps, alpha)
+    cache = model.prefix_cache(tokens.x, torch.zeros_like(z[..., 0]), tokens) if cached else None
+    end = torch.where(tokens.where(GENERATED, "video"), 1.0 - imagination, 0.0)
+    return sample(lambda z, t: model(z, t, tokens, cache=cache)[0], z, generated, hidden, steps, alpha, end)
 
 
 def encode_text(instructions: list[str], length: int) -> Tensor:

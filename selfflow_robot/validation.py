@@ -56,6 +56,27 @@ def video_loss(model: Model, packer: Packer, batch: dict, mode: str) -> dict[str
 
 
 @torch.no_grad()
+def action_following(model: Model, packer: Packer, batch: dict) -> dict[str, float]:
+    """How much of its loss the world model owes to the actions: flow loss of the frames given wrong ones less that
+    given the true ones, same noise. Zero: it does not listen."""
+    loss = {
+        name: loss_by_level(model, packer.pack(changed, "world_model"), "video")["validation/loss_video"]
+        for name, changed in with_actions(batch).items()
+    }
+    return {f"validation/action_gap_{name}": loss[name] - loss["true"] for name in ("shuffled", "zero")}
+
+
+def with_actions(batch: dict) -> dict[str, dict]:
+    """The batch under its own actions, under those of other windows, and under none: no motion, the gripper as it is.
+    A window gets the actions of the one half a batch further, so that neighbours of one episode do not swap theirs."""
+    executed = batch["executed"]  # (B, H, 7)
+    still = torch.zeros_like(executed)
+    still[..., -1] = executed[:, :1, -1]
+    variants = {"true": executed, "shuffled": executed.roll(max(len(executed) // 2, 1), 0), "zero": still}
+    return {name: batch | {"executed": actions} for name, actions in variants.items()}
+
+
+@torch.no_grad()
 def action_errors(model: Model, packer: Packer, batch: dict) -> dict[str, float]:
     """Flow loss of the actions by noise level, and mean absolute errors of sampled chunks against the expert, in
     canonical units."""

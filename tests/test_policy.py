@@ -4,7 +4,7 @@ import torch
 
 from policies import load_policy
 from policies.chunking import ChunkedPolicy
-from policies.flow_policy import FlowPolicy
+from policies.flow_policy import FlowPolicy, Request
 from selfflow_robot import checkpoint
 from selfflow_robot.flow import generator
 from tests.synthetic import LAYOUT, make_batch, make_model, make_packer
@@ -80,9 +80,60 @@ def test_planning_changes_nothing(run):
 
 
 def test_imagines_while_planning(run):
-    plan = load_policy(run, execute=1, mode="joint_plan", steps=2).plan(observation())
+    plan = load_policy(run, execute=1, imagination=1.0, steps=2).plan(observation())
     assert plan.video.shape == (2, 32, 48, 3) and plan.video.dtype == np.uint8
     assert load_policy(run, execute=1, steps=2).plan(observation()).video is None
+
+
+def test_committed_actions_are_kept_and_heeded(run):
+    planner = load_policy(run, execute=1, steps=2).policy
+    history, committed = [observation(3)] * 2, np.full((1, 7), 0.123, np.float32)
+    free, bound = planner.plan(history, (0, 0)), planner.plan(history, (0, 0), committed)
+    other = planner.plan(history, (0, 0), committed + 0.5)
+    assert np.array_equal(bound.actions[:1], committed) and bound.actions.shape == free.actions.shape
+    assert not np.array_equal(bound.actions[1:], free.actions[1:])
+    assert not np.array_equal(bound.actions[1:], other.actions[1:])
+    for wrong, message in ((np.zeros((3, 7)), "nothing to plan"), (np.full((1, 7), np.nan), "finite"),
+                           (np.zeros((1, 6)), "finite numbers")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            planner.plan(history, (0, 0), wrong)
+
+
+def test_a_batch_gives_every_robot_its_own_plan(run):
+    planner = load_policy(run, execute=1, steps=2).policy
+    committed = np.full((1, 7), 0.1, np.float32)
+    requests = [
+        Request([observation(1)] * 2, (0, 4)),
+        Request([observation(2, "place")] * 2, (7, 1), committed),
+        Request([observation(3)] * 2, (0, 4)),
+        Request([observation(1)] * 2, (0, 5)),
+    ]
+    together, alone = planner.plans(requests), [planner.plans([r])[0] for r in requests]
+    for a, b in zip(together, alone):
+        np.testing.assert_allclose(a.actions, b.actions, atol=0.02 * np.abs(b.actions).max())  # bf16
+    assert not np.allclose(together[0].actions, together[3].actions, atol=0.05)  # another key, another noise
+
+
+def test_imagination_is_a_dial(run):
+    """At 0 no future frame is in the sequence; between, frames stop half denoised: other actions, and no video."""
+    plans = [load_policy(run, execute=1, imagination=i, steps=2).plan(observation()) for i in (0.0, 0.5, 1.0)]
+    assert [plan.video is None for plan in plans] == [True, True, False]
+    assert not np.array_equal(plans[0].actions, plans[1].actions)
+    assert not np.array_equal(plans[1].actions, plans[2].actions)
+
+
+def test_cached_and_plain_sampling_agree(run):
+    cached, plain = (load_policy(run, execute=1, steps=4, cached=c).plan(observation()) for c in (True, False))
+    np.testing.assert_allclose(cached.actions, plain.actions, atol=1e-6)
+
+
+def test_explains_what_happened(run):
+    policy, batch = FlowPolicy.load(run, steps=2), make_batch()
+    actions = policy.explain(batch, generator(0))
+    assert actions.shape == batch["executed"].shape
+    other = make_batch(seed=1)
+    assert np.array_equal(actions, policy.explain(batch | {"executed": other["executed"]}, generator(0)))
+    assert not np.array_equal(actions, policy.explain(batch | {"video": other["video"]}, generator(0)))
 
 
 def test_predicts_video_from_the_past_and_the_actions_alone(run):
@@ -99,7 +150,7 @@ def test_predicts_video_from_the_past_and_the_actions_alone(run):
 def test_first_frame_stands_for_the_history_before_it(run):
     policy = load_policy(run, execute=1, steps=2)
     a = policy.plan(observation(3)).actions
-    b = policy.policy.plan([observation(3)] * 2, generator(0, 0)).actions
+    b = policy.policy.plan([observation(3)] * 2, (0, 0)).actions
     assert np.array_equal(a, b)
 
 
@@ -128,8 +179,8 @@ def test_wrong_settings_are_refused(run):
         load_policy(run, execute=4)
     with pytest.raises(ValueError, match="steps"):
         load_policy(run, execute=1, steps=0)
-    with pytest.raises(ValueError, match="plans in one of"):
-        load_policy(run, execute=1, mode="world_model")
+    with pytest.raises(ValueError, match="imagination must be from 0"):
+        load_policy(run, execute=1, imagination=1.5)
     assert isinstance(load_policy(run, execute=1), ChunkedPolicy)
 
 

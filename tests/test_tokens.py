@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from selfflow_robot.tokens import GENERATED, GIVEN, HIDDEN, KINDS, MODES, Layout, encode_text, generate
+from selfflow_robot.tokens import GENERATED, GIVEN, HIDDEN, KINDS, MODES, Layout, Roles, encode_text, generate
 from tests.synthetic import STATS, make_batch, make_model, make_packer
 
 PER_FRAME = 2 * 3  # patches of 32 x 48 pixels
@@ -96,6 +96,7 @@ def test_text_is_bytes():
         ({"video": torch.zeros(2, 4, 48, 48, 3, dtype=torch.uint8)}, "policy", "expected 2 or 4 frames"),
         ({"video": torch.zeros(2, 2, 32, 48, 3, dtype=torch.uint8)}, "inverse_dynamics", "needs the 2 future"),
         ({}, "plan", "choose one of"),
+        ({"executed": torch.zeros(2, 2, 7)}, "world_model", r"executed \(2, 2, 7\): expected \(2, 3, 7\)"),
     ],
 )
 def test_wrong_batches_are_refused(change, mode, message):
@@ -127,3 +128,64 @@ def test_what_is_to_be_generated_does_not_leak():
     for mode in ("policy", "joint_plan", "video_prediction"):
         a, b = (generate(model, packer.pack(x, mode), 2, torch.Generator().manual_seed(0)) for x in (batch, changed))
         assert torch.equal(a, b), mode
+
+
+def test_committed_actions_are_given():
+    """What is done already enters as it was done, in the prefix; the rest is generated and alone counts."""
+    packer, batch = make_packer(), make_batch()
+    tokens = packer.pack(batch, "policy", committed=2)
+    given, rest = tokens.rows("action", GIVEN), tokens.rows("action", GENERATED)
+    assert (given.stop - given.start, rest.stop - rest.start) == (2, 1) and given.stop == tokens.prefix
+    assert torch.equal(tokens.x[:, given, :7], packer.normalise_action(batch["executed"])[:, :2])
+    assert torch.equal(tokens.x[:, rest, :7], packer.normalise_action(batch["action"])[:, 2:])
+    assert tokens.ids[given, 0].tolist() == [0, 1] and tokens.ids[rest, 0].tolist() == [2]
+    assert not tokens.weight[:, given].any()
+    torch.testing.assert_close(packer.actions(tokens, tokens.x)[:, :2, :6], batch["executed"][:, :2, :6])
+    for mode, count in (("world_model", 1), ("policy", 3), ("pretrain", 1)):
+        with pytest.raises(ValueError, match="committed"):
+            packer.pack(batch, mode, committed=count)
+
+
+def test_roles_may_be_given_by_hand():
+    packer, batch = make_packer(), make_batch()
+    by_hand, named = packer.pack(batch, Roles(GIVEN, GENERATED, HIDDEN)), packer.pack(batch, "video_prediction")
+    assert by_hand.spans == named.spans and torch.equal(by_hand.x, named.x)
+
+
+def test_a_generator_for_every_row():
+    """A row's noise is its own: the same alone and among others."""
+    packer, batch = make_packer(), make_batch()
+    model = make_model(packer).eval()
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    both = generate(model, packer.pack(batch, "policy"), 2, seeds)
+    second = {name: value[1:] for name, value in batch.items()}
+    alone = generate(model, packer.pack(second, "policy"), 2, torch.Generator().manual_seed(4))
+    torch.testing.assert_close(both[1:], alone)
+    with pytest.raises(ValueError, match="3 generators for 2 rows"):
+        generate(model, packer.pack(batch, "policy"), 2, [torch.Generator()] * 3)
+
+
+def test_imagination_stops_frames_on_the_way():
+    """With imagination i, frames are left at level 1 - i while actions arrive: seen by a network that says where it
+    was asked."""
+    packer = make_packer()
+    tokens, asked = packer.pack(make_batch(), "joint_plan"), []
+
+    class Recorder:
+        def prefix_cache(self, *_):
+            return None
+
+        def __call__(self, z, t, tokens, cache):
+            asked.append(t)
+            return torch.ones_like(z), None
+
+    z = [generate(Recorder(), tokens, 4, torch.Generator().manual_seed(0), imagination=i) for i in (0.25, 1.0)]
+    video, action = tokens.rows("video", GENERATED), tokens.rows("action", GENERATED)
+    torch.testing.assert_close(
+        torch.stack([t[0, video.start] for t in asked[:4]]),
+        torch.tensor([1, 15, 14, 13]) / torch.tensor([1, 16, 16, 16]),
+    )
+    torch.testing.assert_close(torch.stack([t[0, action.start] for t in asked[:4]]), torch.tensor([1, 0.75, 0.5, 0.25]))
+    moved = (z[0] - z[1])[:, video]
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.75))
+    assert torch.equal(z[0][:, action], z[1][:, action])
