@@ -7,6 +7,7 @@
     python experiments/benchmark.py memory --resets 1000          resident memory over many resets
     python experiments/benchmark.py train --model small           what Self-Flow and per-token levels cost
     python experiments/benchmark.py train --reference ../Self-Flow   and against the published network
+    python experiments/benchmark.py policy --model small          from an observation to its actions, p50 and p95
 
 `train --reference PATH` is a checkout of github.com/black-forest-labs/Self-Flow; its network needs timm. CPU times are
 those of the processor, so that other programs do not count.
@@ -295,12 +296,16 @@ def load_reference(folder: Path):
     return module
 
 
-def interleaved(variants: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of `rounds` calls of each, in turns, after one that does not count."""
+def interleaved(
+    variants: dict[str, Callable[[], None]], rounds: int, device: str, clock: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of `rounds` calls of each, in turns, after one that does not count; without `clock` those of the
+    processor on a CPU."""
     import torch
 
     cpu = torch.device(device).type == "cpu"
-    clock, samples = time.process_time if cpu else time.perf_counter, {name: [] for name in variants}
+    clock = clock or (time.process_time if cpu else time.perf_counter)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
     for number in track(range(rounds + 1), "rounds", disable=not sys.stderr.isatty()):
         for name, take in variants.items():
             start = clock()
@@ -331,6 +336,104 @@ def loader_rate(folder: Path, batch_size: int, batches: int = 20) -> float:
     return batches * batch_size / (time.perf_counter() - start)
 
 
+def benchmark_policy(model: str, checkpoint: str | None, steps: int, rounds: int, device: str) -> dict:
+    """Wall-clock milliseconds from one observation to its action chunk, of variants in turns: cached and not, more or
+    fewer sampling steps, more or less imagination; and of the stages of the default one.
+
+    Without a checkpoint: a network of the preset as it is before training, which is as fast.
+    """
+    import torch
+
+    from policies.flow_policy import FlowPolicy
+    from selfflow_robot.codec import CodecConfig
+    from selfflow_robot.model import Model, preset
+    from selfflow_robot.tokens import Layout, Packer
+
+    if checkpoint:
+        policy = FlowPolicy.load(checkpoint, steps)
+    else:
+        packer = Packer(Layout(future=(4, 8)), CodecConfig())
+        policy = FlowPolicy(Model(preset(model), packer.channels).requires_grad_(False), packer, steps)
+    policy.model.to(device), policy.packer.to(device)
+    policy.device = torch.device(device)
+    layout, rng = policy.layout, np.random.default_rng(0)
+    picture = rng.integers(0, 256, (layout.height, layout.width, 3), dtype=np.uint8)
+    now = {"images": {layout.view: picture}, "proprio": np.zeros(10, np.float32), "instruction": "open top drawer"}
+    history = [now] * len(layout.past)
+
+    def variant(**settings):
+        other = FlowPolicy(policy.model, policy.packer, **{"steps": steps} | settings)
+        other.device = policy.device
+        return lambda: other.plan(history, (0, 0))
+
+    variants = {"chunk": variant(), "whole sequence every step": variant(cached=False)}
+    variants |= {f"{n} steps": variant(steps=n) for n in (1, 2, 4, 10) if n != steps}
+    variants |= {f"imagination {share}": variant(imagination=share) for share in (0.5, 1.0)}
+    samples = interleaved(variants, rounds, device, time.perf_counter)
+    stages = interleaved(policy_stages(policy, history), rounds, device, time.perf_counter)
+    milliseconds = {
+        name: {f"p{q}": 1000 * float(np.percentile(times, q)) for q in (50, 95)}
+        for name, times in (samples | {f"stage: {name}": times for name, times in stages.items()}).items()
+    }
+    speedup = spread(samples["whole sequence every step"], samples["chunk"])
+    return {
+        "model": checkpoint or model,
+        "parameters": sum(p.numel() for p in policy.model.parameters()),
+        "sample_steps": steps,
+        "rounds": rounds,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "chunk_ms_p50": milliseconds["chunk"]["p50"],
+        "chunk_ms_p95": milliseconds["chunk"]["p95"],
+        "cache_speedup": speedup["median"],
+        "spread": {"cache_speedup": speedup},
+        "actions": layout.horizon,
+        "milliseconds": milliseconds,
+    }
+
+
+def policy_stages(policy, history: list) -> dict[str, Callable[[], None]]:
+    """What a chunk consists of, each by itself."""
+    import torch
+
+    from policies.flow_policy import observed
+    from selfflow_robot.flow import generator
+    from selfflow_robot.model import precision
+    from selfflow_robot.tokens import generate
+
+    model, packer = policy.model, policy.packer
+    batch = observed([history], policy.layout.view)
+    tokens = packer.pack(batch, "policy")
+    zeros = torch.zeros_like(tokens.x[..., 0])
+
+    def computed(function):
+        def take():
+            with torch.no_grad(), precision(policy.device):
+                return function()
+
+        return take
+
+    cache = computed(lambda: model.prefix_cache(tokens.x, zeros, tokens))()
+    return {
+        "pack": computed(lambda: packer.pack(batch, "policy")),
+        "given tokens": computed(lambda: model.prefix_cache(tokens.x, zeros, tokens)),
+        "one sampling step": computed(lambda: model(tokens.x, zeros, tokens, cache=cache)),
+        "all of the sampler": computed(lambda: generate(model, tokens, policy.steps, generator(0))),
+        "unpack": computed(lambda: packer.actions(tokens, tokens.x).cpu()),
+    }
+
+
+def policy_lines(result: dict) -> list[str]:
+    """Of `benchmark_policy`, for people."""
+    text = [f"{result['model']}, {result['parameters'] / 1e6:.1f} M parameters, {result['device']}: milliseconds"]
+    text += [f"{name:28} p50 {ms['p50']:8.2f}   p95 {ms['p95']:8.2f}" for name, ms in result["milliseconds"].items()]
+    quartiles = result["spread"]["cache_speedup"]
+    between = f"quartiles {quartiles['low']:.2f} to {quartiles['high']:.2f}"
+    text.append(
+        f"chunk of {result['actions']} actions, p95 {result['chunk_ms_p95']:.1f} ms (target 150 on 2 CPU cores)"
+    )
+    return [*text, f"cache_speedup {result['cache_speedup']:.2f} (target at least 5, {between})"]
+
+
 def lines(result: dict) -> list[str]:
     """Of `benchmark_train`, for people."""
     limits = {"selfflow_step_ratio": "at most 1.27", "per_token_ratio": "at most 1.05", "bf16_speedup": "2 with AMX"}
@@ -355,7 +458,7 @@ def resident_mib() -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["env", "vector", "memory", "train"])
+    parser.add_argument("what", choices=["env", "vector", "memory", "train", "policy"])
     parser.add_argument("--task", default="open_and_place", help="a task, or all (env)")
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
@@ -363,26 +466,32 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100, help="control steps measured (vector)")
     parser.add_argument("--resets", type=int, default=200)
-    parser.add_argument("--model", default="small", help="preset (train)")
+    parser.add_argument("--model", default="small", help="preset (train, policy)")
     parser.add_argument("--batch_size", type=int, default=4, help="windows per step (train)")
-    parser.add_argument("--rounds", type=int, default=15, help="of all variants in turn (train)")
-    parser.add_argument("--threads", type=int, default=0, help="of torch (train); 0: torch's choice")
+    parser.add_argument("--rounds", type=int, default=15, help="of all variants in turn (train, policy)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (train, policy); 0: torch's choice")
     parser.add_argument(
-        "--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one (train)"
+        "--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one (train, policy)"
     )
+    parser.add_argument("--checkpoint", help="a run instead of an untrained preset (policy)")
+    parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (policy)")
     parser.add_argument("--reference", type=Path, help="checkout of the published Self-Flow (train)")
     parser.add_argument("--data", type=Path, help="a data set, to time the loader too (train)")
     parser.add_argument("--json", action="store_true", help="print one object instead of lines")
     arguments = parser.parse_args()
-    if arguments.what == "train":
+    if arguments.what in ("train", "policy"):
         import torch
 
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         a = arguments
-        result = benchmark_train(a.model, a.batch_size, a.rounds, device, a.reference, a.data)
-        text = lines(result)
+        if arguments.what == "train":
+            result = benchmark_train(a.model, a.batch_size, a.rounds, device, a.reference, a.data)
+            text = lines(result)
+        else:
+            result = benchmark_policy(a.model, a.checkpoint, a.sample_steps, a.rounds, device)
+            text = policy_lines(result)
     elif arguments.what == "vector":
         result = benchmark_vector(arguments.task, arguments.workers, arguments.steps)
         text = [f"{n} environments: {rate:.1f} control steps/s" for n, rate in result["steps_per_second"].items()]

@@ -3,6 +3,7 @@
     python experiments/eval_simpler.py --task open_and_place                        the newest fine-tuned run
     python experiments/eval_simpler.py --task open_and_place --checkpoint runs/finetune_self_flow --episodes 50
     python experiments/eval_simpler.py --task open_top_drawer --policy expert       or hold: no motion at all
+    python experiments/eval_simpler.py --policy remote --server gpu-box:8000        what serve.py serves there
     python experiments/eval_simpler.py --task pick_coke_can --protocol visual_matching    the 300 published episodes
 
 SIMPLER's rule: episodes run to the step limit, success does not end them; `success_final` is success at the last step,
@@ -34,7 +35,7 @@ from selfflow_robot.config import EvalConfig, run
 from selfflow_robot.data import encode_video
 from selfflow_robot.metrics import wilson_interval
 
-POLICIES = ("checkpoint", "expert", "hold")
+POLICIES = ("checkpoint", "expert", "hold", "remote")
 SIMULATORS = ("ours", "upstream")
 VIDEO_CRF, VIDEO_GOP = 26, 60  # for looking at: a tenth of what training data needs
 VIDEO_HEIGHT, VIDEO_FPS, BAR = 384, 6, 40  # px, twice as fast as the control, px for the words below
@@ -118,6 +119,14 @@ def identify(cfg: EvalConfig) -> dict:
 
     Raises ValueError naming the command that makes a checkpoint where there is none.
     """
+    if cfg.policy == "remote":
+        with connect(cfg) as planner:
+            served = planner.metadata
+        names = ("checkpoint", "sample_steps", "imagination")
+        said = {name: None if served.get(name) is None else str(served[name]) for name in (*names, "checkpoint_hash")}
+        hashed = said.pop("checkpoint_hash")
+        settings = {"server": cfg.server, "execute": cfg.execute, **said}
+        return {"policy": "remote", "checkpoint": None, "checkpoint_hash": hashed, "policy_settings": settings}
     if cfg.policy != "checkpoint":
         return {"policy": cfg.policy, "checkpoint": None, "checkpoint_hash": None, "policy_settings": {}}
     path = cfg.checkpoint or checkpoint.newest_run("finetune")
@@ -135,6 +144,15 @@ def identify(cfg: EvalConfig) -> dict:
         "checkpoint_hash": manifest["sha256"],
         "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps},
     }
+
+
+def connect(cfg: EvalConfig):
+    """The planner behind --server. Raises ValueError or ServerError with the remedy."""
+    from policies.remote import Foreign, RemotePlanner
+
+    if cfg.server is None:
+        raise ValueError("--policy remote needs --server host:port; python experiments/serve.py starts one")
+    return RemotePlanner(cfg.server, foreign=Foreign(horizon=cfg.execute))
 
 
 def refuse_other(path: Path, identity: dict, protocol: dict) -> None:
@@ -159,7 +177,7 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
     from envs.expert import make_expert
     from envs.upstream import make_upstream_env
 
-    seeing = cfg.policy == "checkpoint" or cfg.video
+    seeing = cfg.policy in ("checkpoint", "remote") or cfg.video
     if cfg.simulator == "upstream":  # whose pictures need a GPU or a new Mesa
         env = make_upstream_env(cfg.task, width=cfg.width, height=cfg.height, render=seeing)
     else:
@@ -177,6 +195,12 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
         return partial(run_episode, env, make_policy, cfg, folder)
     if cfg.policy == "hold":
         policy = HoldStill()
+    elif cfg.policy == "remote":
+        from policies.chunking import ChunkedPolicy
+
+        if identify(cfg) != identity:
+            raise ValueError(f"{cfg.server} serves something else by now: choose another --name")
+        policy = ChunkedPolicy(connect(cfg), execute=cfg.execute)
     else:
         from policies import load_policy
 

@@ -32,25 +32,36 @@ class Plan(NamedTuple):
 
 
 class FlowPolicy:
-    def __init__(self, model: Model, packer: Packer, steps: int = 8, imagination: float = 0.0, cached: bool = True):
-        """steps: of the sampler. cached False computes the whole sequence in every one of them, to compare with."""
+    def __init__(
+        self,
+        model: Model,
+        packer: Packer,
+        steps: int = 8,
+        imagination: float = 0.0,
+        cached: bool = True,
+        compiled: bool = False,
+    ):
+        """steps: of the sampler. cached False computes the whole sequence in every one of them, to compare with.
+        compiled: see `Model.for_inference`."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 <= imagination <= 1:
             raise ValueError(f"imagination must be from 0 (act only) to 1 (imagine in full), got {imagination}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.packer = model.to(self.device).eval(), packer.to(self.device)
+        self.sampler = self.model.for_inference(self.device, compiled)
         self.steps, self.imagination, self.cached = steps, imagination, cached
         self.manifest: dict = {}
 
     @classmethod
-    def load(cls, path: str | Path, steps: int = 8, imagination: float = 0.0, cached: bool = True) -> "FlowPolicy":
+    def load(cls, path: str | Path, **settings) -> "FlowPolicy":
+        """Of a run (name, run folder or checkpoint folder); settings as above. ValueError where it is no policy."""
         model, packer, manifest = checkpoint.load_model(path)
         if manifest.get("kind") != "finetune":
             raise ValueError(
                 f"{path} is a video backbone. Fine-tune it: python experiments/finetune.py --pretrained {path}"
             )
-        policy = cls(model, packer, steps, imagination, cached)
+        policy = cls(model, packer, **settings)
         policy.manifest = manifest
         return policy
 
@@ -118,7 +129,7 @@ class FlowPolicy:
         tokens = self.packer.pack(batch, mode, committed)
         imagination = self.imagination if mode == "joint_plan" else 1.0
         with precision(self.device):
-            z = generate(self.model, tokens, self.steps, generator, imagination=imagination, cached=self.cached)
+            z = generate(self.sampler, tokens, self.steps, generator, imagination=imagination, cached=self.cached)
         return tokens, z
 
     def _past(self, batch: dict) -> dict:

@@ -166,7 +166,8 @@ class CollectConfig:
 class EvalConfig:
     task: str = key("open_and_place", "see README for the list")
     checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
-    policy: str = key("checkpoint", "checkpoint, expert or hold")
+    policy: str = key("checkpoint", "checkpoint, expert, hold, or remote: whatever --server serves")
+    server: str | None = key(None, "remote: address of a policy server, host:port, ws://... or wss://...")
     protocol: str = key("random", "random (seeds), visual_matching or variant_aggregation (the published episodes)")
     episodes: int = key(50, "random: one per seed; the published protocols have their own")
     first_seed: int = key(10000, "random: seeds from here on; demonstrations use small ones")
@@ -206,6 +207,25 @@ class ExportConfig:
     weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
 
 
+@dataclass
+class ServeConfig:
+    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
+    host: str = key("127.0.0.1", "address to listen on; 0.0.0.0: every network of this machine")
+    port: int = key(8000, "to listen on; 0: a free one")
+    token_file: str | None = key(None, "file with the token clients must show; default the variable SELFFLOW_TOKEN")
+    max_batch: int = key(8, "requests planned together")
+    wait_ms: float = key(3.0, "a request waits so long for others to be planned with; alone it does not wait")
+    queue: int = key(32, "requests that may wait; more are told that the server is busy")
+    clients: int = key(64, "that may be connected")
+    message_mb: int = key(16, "largest request, MiB")
+    plan_timeout: float = key(30.0, "seconds from a request to its plan, then an error")
+    idle_timeout: float = key(1800.0, "seconds without a request, then goodbye")
+    sample_steps: int = key(8, "of the flow sampler")
+    imagination: float = key(0.0, "from 0, actions alone, to 1: the future frames too, and in every answer")
+    cert: str | None = key(None, "TLS certificate (PEM): serve wss:// instead of ws://")
+    key: str | None = key(None, "its private key, where the certificate's file has none")  # last: it hides `key`
+
+
 SCRIPTS = {
     PretrainConfig: "pretrain",
     FinetuneConfig: "finetune",
@@ -214,6 +234,7 @@ SCRIPTS = {
     EvalConfig: "eval_simpler",
     ProbeConfig: "probe",
     ExportConfig: "export",
+    ServeConfig: "serve",
 }
 
 

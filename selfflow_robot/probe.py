@@ -187,6 +187,29 @@ def predictions(x: np.ndarray, y: np.ndarray, others: np.ndarray, penalties: np.
     return ((others - mean) / std) @ ridge((x - mean) / std, y - centre, penalties) + centre
 
 
+@dataclass(frozen=True)
+class Regression:
+    """A fitted probe, to be used: features (F, D) -> (F, K)."""
+
+    mean: np.ndarray  # (D,) of the features
+    std: np.ndarray  # (D,)
+    weights: np.ndarray  # (D, K)
+    centre: np.ndarray  # (K,) of the target
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return (x - self.mean) / self.std @ self.weights + self.centre
+
+
+def regress(x: np.ndarray, y: np.ndarray, episode: np.ndarray) -> Regression:
+    """Ridge regression of y (F, K) on x (F, D), its penalty chosen by cross-validation over episodes (F,)."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    errors, _ = cross_validate(x, y, episode, PENALTIES)
+    mean, std, centre = x.mean(0), x.std(0), y.mean(0)
+    std = np.where(std > 1e-8, std, 1.0)
+    penalty = PENALTIES[errors.sum(1).argmin()]
+    return Regression(mean, std, ridge((x - mean) / std, y - centre, np.array([penalty]))[0], centre)
+
+
 def cross_validate(
     x: np.ndarray, y: np.ndarray, episode: np.ndarray, penalties: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
