@@ -33,7 +33,7 @@ from envs.workers import Workers, progress, write_json
 from selfflow_robot import checkpoint
 from selfflow_robot.config import EvalConfig, run
 from selfflow_robot.data import encode_video
-from selfflow_robot.metrics import wilson_interval
+from selfflow_robot.metrics import auc, wilson_interval
 
 POLICIES = ("checkpoint", "expert", "hold", "remote")
 SIMULATORS = ("ours", "upstream")
@@ -89,6 +89,7 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         results["summary"] = summarize(results["episodes"])
         results["score"] = score(starts, results["episodes"])
         results["groups"] = summarize_groups(starts, results["episodes"])
+        results["alarm"] = alarm_quality(results["episodes"])
         results["standins"] = sorted({text for episode in results["episodes"] for text in episode.get("standins", [])})
         write_json(folder / "results.json", results)
 
@@ -142,8 +143,36 @@ def identify(cfg: EvalConfig) -> dict:
         "policy": "checkpoint",
         "checkpoint": str(folder.parent if folder.name == "checkpoint" else folder),
         "checkpoint_hash": manifest["sha256"],
-        "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps},
+        "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps} | changed_settings(cfg),
     }
+
+
+def changed_settings(cfg: EvalConfig) -> dict:
+    """How the checkpoint is made to act, where it is not by default."""
+    names = ("imagination", "samples", "delay", "committed", "cached", "alarm_every")
+    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(EvalConfig, name)}
+
+
+def checkpoint_policy(cfg: EvalConfig, path: str):
+    """The policy of a run as the settings want it to act, and its alarm or None."""
+    from policies import judge
+    from policies.alarm import Alarm
+    from policies.chunking import ChunkedPolicy
+    from policies.flow_policy import FlowPolicy
+    from policies.planning import BestOfN
+    from policies.realtime import RealTimePolicy
+
+    planner = FlowPolicy.load(path, steps=cfg.sample_steps, imagination=cfg.imagination, cached=cfg.cached)
+    if cfg.samples != 1:
+        planner = BestOfN(planner, judge.load(path, planner), cfg.samples)
+    alarm = planner = Alarm(planner, cfg.alarm_every) if cfg.alarm_every else planner
+    if cfg.delay is None:
+        policy = ChunkedPolicy(planner, execute=cfg.execute)
+    else:
+        policy = RealTimePolicy(
+            planner, planner.layout.fps, cfg.execute, delay=cfg.delay, committed=cfg.committed, threaded=False
+        )
+    return policy, alarm if cfg.alarm_every else None
 
 
 def connect(cfg: EvalConfig):
@@ -193,6 +222,7 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
             return Demonstrator(expert, np.random.default_rng([seed, 1]))
 
         return partial(run_episode, env, make_policy, cfg, folder)
+    alarm = None
     if cfg.policy == "hold":
         policy = HoldStill()
     elif cfg.policy == "remote":
@@ -202,15 +232,13 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
             raise ValueError(f"{cfg.server} serves something else by now: choose another --name")
         policy = ChunkedPolicy(connect(cfg), execute=cfg.execute)
     else:
-        from policies import load_policy
-
-        policy = load_policy(identity["checkpoint"], execute=cfg.execute, steps=cfg.sample_steps)
+        policy, alarm = checkpoint_policy(cfg, identity["checkpoint"])
         if identify(cfg) != identity:  # a worker that replaces a crashed one must not measure something else
             raise ValueError(f"{identity['checkpoint']} is still being trained: wait, or evaluate a copy")
-    return partial(run_episode, env, lambda seed: policy, cfg, folder)
+    return partial(run_episode, env, lambda seed: policy, cfg, folder, alarm=alarm)
 
 
-def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int) -> dict:
+def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int, alarm=None) -> dict:
     """Roll out one episode of the protocol; write its video, then its record, each at once."""
     began = datetime.now(timezone.utc)
     first = seed if cfg.protocol == "random" else 0
@@ -229,6 +257,8 @@ def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int) -> di
         "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 1),
         "video": None,
     }
+    if alarm is not None:
+        record["alarm"] = [[step, round(mm, 3), round(degrees, 3)] for step, mm, degrees in alarm.readings]
     if cfg.video:
         record["video"] = f"videos/seed_{seed:06d}.mp4"
         path = Path(folder) / record["video"]
@@ -290,6 +320,21 @@ def summarize_groups(starts: list, episodes: list[dict]) -> list[dict]:
     return rows
 
 
+def alarm_quality(episodes: list[dict]) -> dict[str, dict]:
+    """{outcome: {value, low, high, failures, n}}: the probability (area under the ROC curve) that an episode which
+    failed has higher readings, mean over the episode, than one that did not. Empty without readings."""
+    read = [episode for episode in episodes if episode.get("alarm")]
+    scores = [float(np.mean([mm for _, mm, _ in episode["alarm"]])) for episode in read]
+    outcomes = {"success_final": [e["success_final"] for e in read]}
+    outcomes |= {name: [e["subgoals"][name] for e in read] for name in (read[0]["subgoals"] if read else ())}
+    quality = {}
+    for name, reached in outcomes.items():
+        failed = [not outcome for outcome in reached]
+        if any(failed) and not all(failed):
+            quality[name] = auc(scores, failed)._asdict() | {"failures": sum(failed), "n": len(read)}
+    return quality
+
+
 def annotate(episode: Episode) -> np.ndarray:
     """Frames enlarged, with instruction and outcome below; the last one stands for a second. uint8 (T + 6, H, W, 3)."""
     height, width = episode.frames.shape[1:3]
@@ -329,6 +374,9 @@ def print_table(results: dict, folder: Path) -> None:
                 name, f"{row['k']}/{row['n']}", f"{row['rate']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}"
             )
         Console().print(groups)
+    for name, q in results["alarm"].items():
+        interval = f"AUC {q['value']:.2f} [{q['low']:.2f}, {q['high']:.2f}]"
+        print(f"alarm for {name.replace('_', ' ')} missed: {interval}, {q['failures']} of {q['n']} episodes")
     if protocol["protocol"] != "random":
         print(f"score, averaged as upstream does: {results['score']['success_final']:.3f}")
     for text in results["standins"]:

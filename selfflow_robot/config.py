@@ -178,6 +178,14 @@ class EvalConfig:
     name: str | None = key(None, "run folder runs/<name>; default from policy and task")
     execute: int = key(2, "actions carried out before predicting again")
     sample_steps: int = key(8, "of the flow sampler")
+    imagination: float = key(0.0, "from 0, actions alone, to 1: the future frames in full along with them")
+    samples: int = key(
+        1, "chunks drawn per plan; of several the one whose imagined future is best (experiments/judge.py)"
+    )
+    delay: int | None = key(None, "real-time chunking: control steps that planning takes, while the robot goes on")
+    committed: bool = key(True, "delay: plans know the actions on their way; false: naive switching between chunks")
+    cached: bool = key(True, "false: compute the whole sequence in every sampling step, to compare with")
+    alarm_every: int = key(0, "control steps between readings of the failure alarm (self-consistency); 0: off")
     width: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
     height: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
     video: bool = key(True, "write a video per episode")

@@ -12,7 +12,16 @@ import pytest
 from fakes import LIMIT, InlineWorkers, LineEnv, LineExpert
 
 from envs.rollout import Demonstrator, HoldStill
-from experiments.eval_simpler import evaluate, run_episode, start_evaluating
+from experiments.eval_simpler import (
+    alarm_quality,
+    changed_settings,
+    checkpoint_policy,
+    evaluate,
+    run_episode,
+    start_evaluating,
+)
+from policies.chunking import ChunkedPolicy
+from policies.realtime import RealTimePolicy
 from selfflow_robot import checkpoint
 from selfflow_robot.config import EvalConfig
 from selfflow_robot.metrics import wilson_interval
@@ -155,3 +164,64 @@ def test_one_real_episode(folder):
     assert record["steps"] == 113 and record["success_any"] and set(record["subgoals"]) == {"drawer_opened"}
     results = evaluate(EvalConfig(**{**vars(cfg), "first_seed": 11, "episodes": 1}), start)
     assert results["episodes"] == [record]  # found, not run again
+
+
+def test_settings_make_the_policy(tmp_path):
+    """Each setting arrives where it acts, and only what is not the default goes into the record."""
+    run = save_small_policy(tmp_path)
+    plain, alarm = checkpoint_policy(EvalConfig(), run)
+    assert isinstance(plain, ChunkedPolicy) and alarm is None and changed_settings(EvalConfig()) == {}
+    changed = dict(delay=1, committed=False, imagination=0.5, cached=False, alarm_every=4)
+    cfg = EvalConfig(execute=2, sample_steps=3, **changed)
+    realtime, alarm = checkpoint_policy(cfg, run)
+    planner = alarm.planner
+    assert isinstance(realtime, RealTimePolicy) and realtime.planner is alarm and alarm.every == 4
+    assert (realtime.delay, realtime.committed, realtime.threaded) == (1, False, False)
+    assert (planner.steps, planner.imagination, planner.cached) == (3, 0.5, False)
+    assert changed_settings(cfg) == changed
+    with pytest.raises(ValueError, match=r"no judge. Make it"):
+        checkpoint_policy(EvalConfig(samples=2), run)
+
+
+def save_small_policy(folder) -> str:
+    from tests.synthetic import make_batch, make_model, make_packer
+
+    packer = make_packer()
+    packer.codec.fit([make_batch()["video"]])
+    model = make_model(packer)
+    parts = {"model": model, "ema": model, "packer": packer}
+    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
+    checkpoint.save(folder / "checkpoint", 1, tensors, {"kind": "finetune"} | checkpoint.describe(model, packer))
+    return str(folder)
+
+
+def test_the_alarm_reads_every_few_steps_and_changes_nothing(tmp_path):
+    run = save_small_policy(tmp_path)
+    rng = np.random.default_rng(0)
+    seen = [
+        {
+            "images": {"overhead": rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)},
+            "proprio": np.zeros(10, np.float32),
+            "instruction": "open",
+        }
+        for _ in range(7)
+    ]
+    policy, _ = checkpoint_policy(EvalConfig(execute=1, sample_steps=2), run)
+    watched, alarm = checkpoint_policy(EvalConfig(execute=1, sample_steps=2, alarm_every=3), run)
+    for _ in range(2):  # a second episode starts anew
+        for p in (policy, watched):
+            p.reset("open")
+        assert all(np.array_equal(policy.act(o), watched.act(o)) for o in seen)
+        assert [step for step, *_ in alarm.readings] == [0, 3, 6]
+        assert np.isfinite(alarm.readings).all() and min(mm for _, mm, _ in alarm.readings) > 0
+
+
+def test_alarm_quality_is_the_area_under_the_curve():
+    def episode(success, opened, *readings):
+        return {"success_final": success, "subgoals": {"opened": opened}, "alarm": [[0, mm, 0] for mm in readings]}
+
+    episodes = [episode(True, True, 1, 3), episode(False, True, 4), episode(True, True, 6), episode(False, True, 9)]
+    quality = alarm_quality(episodes)  # means 2, 4, 6, 9: of four pairs, three are in order
+    assert quality["success_final"]["value"] == 0.75 and quality["success_final"]["failures"] == 2
+    assert "opened" not in quality  # never missed
+    assert alarm_quality([{"success_final": True, "subgoals": {}}]) == {} == alarm_quality([])
