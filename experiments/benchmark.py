@@ -336,11 +336,14 @@ def loader_rate(folder: Path, batch_size: int, batches: int = 20) -> float:
     return batches * batch_size / (time.perf_counter() - start)
 
 
-def benchmark_policy(model: str, checkpoint: str | None, steps: int, rounds: int, device: str) -> dict:
-    """Wall-clock milliseconds from one observation to its action chunk, of variants in turns: cached and not, more or
-    fewer sampling steps, more or less imagination; and of the stages of the default one.
+def benchmark_policy(
+    model: str, checkpoint: str | None, steps: int, rounds: int, device: str, compiled: bool = False
+) -> dict:
+    """Wall-clock milliseconds from one observation to its action chunk, of variants in turns: given tokens cached and
+    not, more or fewer sampling steps, more or less imagination; and of the stages of the default one.
 
     Without a checkpoint: a network of the preset as it is before training, which is as fast.
+    cache_speedup: the same tokens, all of them computed in every step, against the default. full_speedup: frames too.
     """
     import torch
 
@@ -350,42 +353,48 @@ def benchmark_policy(model: str, checkpoint: str | None, steps: int, rounds: int
     from selfflow_robot.tokens import Layout, Packer
 
     if checkpoint:
-        policy = FlowPolicy.load(checkpoint, steps)
+        policy = FlowPolicy.load(checkpoint, steps=steps, compiled=compiled)
     else:
         packer = Packer(Layout(future=(4, 8)), CodecConfig())
-        policy = FlowPolicy(Model(preset(model), packer.channels).requires_grad_(False), packer, steps)
-    policy.model.to(device), policy.packer.to(device)
+        policy = FlowPolicy(Model(preset(model), packer.channels), packer, steps, compiled=compiled)
     policy.device = torch.device(device)
+    policy.model.to(device), policy.sampler.to(device), policy.packer.to(device)
     layout, rng = policy.layout, np.random.default_rng(0)
     picture = rng.integers(0, 256, (layout.height, layout.width, 3), dtype=np.uint8)
     now = {"images": {layout.view: picture}, "proprio": np.zeros(10, np.float32), "instruction": "open top drawer"}
     history = [now] * len(layout.past)
 
-    def variant(**settings):
-        other = FlowPolicy(policy.model, policy.packer, **{"steps": steps} | settings)
-        other.device = policy.device
-        return lambda: other.plan(history, (0, 0))
+    def variant(steps=steps, imagination=0.0, cached=True):
+        def take():
+            policy.steps, policy.imagination, policy.cached = steps, imagination, cached
+            policy.plan(history, (0, 0))
 
-    variants = {"chunk": variant(), "whole sequence every step": variant(cached=False)}
+        return take
+
+    variants = {"chunk": variant(), "every token in every step": variant(cached=False)}
     variants |= {f"{n} steps": variant(steps=n) for n in (1, 2, 4, 10) if n != steps}
     variants |= {f"imagination {share}": variant(imagination=share) for share in (0.5, 1.0)}
+    variants["frames too, in every step"] = variant(imagination=1.0, cached=False)
     samples = interleaved(variants, rounds, device, time.perf_counter)
+    variant()()  # the stages are those of the default
     stages = interleaved(policy_stages(policy, history), rounds, device, time.perf_counter)
     milliseconds = {
         name: {f"p{q}": 1000 * float(np.percentile(times, q)) for q in (50, 95)}
         for name, times in (samples | {f"stage: {name}": times for name, times in stages.items()}).items()
     }
-    speedup = spread(samples["whole sequence every step"], samples["chunk"])
+    ratios = {"cache_speedup": "every token in every step", "full_speedup": "frames too, in every step"}
+    ratios = {name: spread(samples[slow], samples["chunk"]) for name, slow in ratios.items()}
     return {
         "model": checkpoint or model,
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "sample_steps": steps,
         "rounds": rounds,
+        "compiled": compiled,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "chunk_ms_p50": milliseconds["chunk"]["p50"],
         "chunk_ms_p95": milliseconds["chunk"]["p95"],
-        "cache_speedup": speedup["median"],
-        "spread": {"cache_speedup": speedup},
+        **{name: ratio["median"] for name, ratio in ratios.items()},
+        "spread": ratios,
         "actions": layout.horizon,
         "milliseconds": milliseconds,
     }
@@ -400,7 +409,7 @@ def policy_stages(policy, history: list) -> dict[str, Callable[[], None]]:
     from selfflow_robot.model import precision
     from selfflow_robot.tokens import generate
 
-    model, packer = policy.model, policy.packer
+    model, packer = policy.sampler, policy.packer
     batch = observed([history], policy.layout.view)
     tokens = packer.pack(batch, "policy")
     zeros = torch.zeros_like(tokens.x[..., 0])
@@ -424,14 +433,17 @@ def policy_stages(policy, history: list) -> dict[str, Callable[[], None]]:
 
 def policy_lines(result: dict) -> list[str]:
     """Of `benchmark_policy`, for people."""
-    text = [f"{result['model']}, {result['parameters'] / 1e6:.1f} M parameters, {result['device']}: milliseconds"]
+    compiled = ", compiled" if result["compiled"] else ""
+    text = [f"{result['model']}, {result['parameters'] / 1e6:.1f} M parameters, {result['device']}{compiled}: ms"]
     text += [f"{name:28} p50 {ms['p50']:8.2f}   p95 {ms['p95']:8.2f}" for name, ms in result["milliseconds"].items()]
-    quartiles = result["spread"]["cache_speedup"]
-    between = f"quartiles {quartiles['low']:.2f} to {quartiles['high']:.2f}"
     text.append(
         f"chunk of {result['actions']} actions, p95 {result['chunk_ms_p95']:.1f} ms (target 150 on 2 CPU cores)"
     )
-    return [*text, f"cache_speedup {result['cache_speedup']:.2f} (target at least 5, {between})"]
+    for name, target in (("cache_speedup", "target at least 5, "), ("full_speedup", "")):
+        quartiles = result["spread"][name]
+        between = f"{target}quartiles {quartiles['low']:.2f} to {quartiles['high']:.2f}"
+        text.append(f"{name} {result[name]:.2f} ({between})")
+    return text
 
 
 def lines(result: dict) -> list[str]:
@@ -475,6 +487,7 @@ def main():
     )
     parser.add_argument("--checkpoint", help="a run instead of an untrained preset (policy)")
     parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (policy)")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile: minutes first (policy)")
     parser.add_argument("--reference", type=Path, help="checkout of the published Self-Flow (train)")
     parser.add_argument("--data", type=Path, help="a data set, to time the loader too (train)")
     parser.add_argument("--json", action="store_true", help="print one object instead of lines")
@@ -490,7 +503,7 @@ def main():
             result = benchmark_train(a.model, a.batch_size, a.rounds, device, a.reference, a.data)
             text = lines(result)
         else:
-            result = benchmark_policy(a.model, a.checkpoint, a.sample_steps, a.rounds, device)
+            result = benchmark_policy(a.model, a.checkpoint, a.sample_steps, a.rounds, device, a.compile)
             text = policy_lines(result)
     elif arguments.what == "vector":
         result = benchmark_vector(arguments.task, arguments.workers, arguments.steps)

@@ -42,7 +42,7 @@ def serve(cfg: ServeConfig) -> None:
     path = cfg.checkpoint or checkpoint.newest_run("finetune")
     if path is None:
         raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
-    policy = FlowPolicy.load(path, steps=cfg.sample_steps, imagination=cfg.imagination)
+    policy = FlowPolicy.load(path, steps=cfg.sample_steps, imagination=cfg.imagination, compiled=cfg.compile)
     warm_up(policy)
     metadata = describe(policy, Path(path).resolve().name)
     server = PolicyServer(policy, metadata, cfg.host, cfg.port, token, tls, limits)

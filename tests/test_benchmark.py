@@ -69,3 +69,14 @@ def test_a_missing_package_of_the_published_network_is_named(tmp_path):
     with pytest.raises(SystemExit, match="pip install no_such_package"):
         benchmark.load_reference(tmp_path)
     sys.modules.pop("published_self_flow", None)
+
+
+def test_the_policy_benchmark_says_what_was_asked_for(monkeypatch):
+    monkeypatch.setitem(PRESETS, "test", SMALL)
+    result = benchmark.benchmark_policy("test", None, 3, 2, "cpu")
+    assert result["chunk_ms_p95"] >= result["chunk_ms_p50"] > 0
+    assert result["cache_speedup"] > 0 and result["full_speedup"] > 0 and result["actions"] == 8
+    stages = {name.removeprefix("stage: ") for name in result["milliseconds"] if name.startswith("stage: ")}
+    assert stages == {"pack", "given tokens", "one sampling step", "all of the sampler", "unpack"}
+    assert {"1 steps", "10 steps", "imagination 1.0"} <= set(result["milliseconds"])
+    assert any("cache_speedup" in line for line in benchmark.policy_lines(result))
