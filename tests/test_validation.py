@@ -5,7 +5,14 @@ import torch
 
 from selfflow_robot.data import open_dataset
 from selfflow_robot.tokens import GENERATED, GIVEN, HIDDEN
-from selfflow_robot.validation import action_errors, held_out, loss_by_level, video_loss
+from selfflow_robot.validation import (
+    action_errors,
+    action_following,
+    held_out,
+    loss_by_level,
+    video_loss,
+    with_actions,
+)
 from tests.synthetic import LAYOUT, make_batch, make_model, make_packer, write_dataset
 
 BIN_NAMES = ["t0.0-0.2", "t0.2-0.4", "t0.4-0.6", "t0.6-0.8", "t0.8-1.0"]
@@ -118,3 +125,39 @@ def test_held_out_windows_are_of_the_validation_split(tmp_path):
     proprio = dataset.proprio[episode.start : episode.start + episode.length]
     assert all((row == proprio).all(-1).any() for row in batch["proprio"].numpy())
     assert held_out(open_dataset(write_dataset(tmp_path / "one", episodes=1)), LAYOUT) is None
+
+
+def test_a_model_that_does_not_listen_has_no_action_gap(packer):
+    deaf = Stub(packer, lambda z, t, tokens: torch.ones_like(z))
+    gaps = action_following(deaf, packer, make_batch(4))
+    assert gaps == {"validation/action_gap_shuffled": 0.0, "validation/action_gap_zero": 0.0}
+
+
+def test_the_action_gap_is_the_loss_of_wrong_actions_less_that_of_right_ones(packer):
+    """A model whose error is the distance of the given actions from the right ones."""
+    batch = make_batch(4)
+    right = packer.normalise_action(batch["executed"])
+
+    def velocity(z, t, tokens):
+        given = tokens.x[:, tokens.rows("action", GIVEN), :7]
+        off = (given - right).square().mean((1, 2)).sqrt()
+        return true + off[:, None, None]
+
+    from selfflow_robot.flow import interpolate
+
+    tokens = packer.pack(batch, "world_model")
+    noise = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(0))  # as `loss_by_level` draws it
+    true = interpolate(tokens.x, noise, torch.zeros(4, 1))[1]
+    gaps = action_following(Stub(packer, velocity), packer, batch)
+    for name, changed in list(with_actions(batch).items())[1:]:
+        off = (packer.normalise_action(changed["executed"]) - right).square().mean((1, 2))
+        assert gaps[f"validation/action_gap_{name}"] == pytest.approx(off.mean().item(), rel=1e-4)
+
+
+def test_other_actions_are_those_of_far_windows_or_none():
+    batch = make_batch(4)
+    changed = with_actions(batch)
+    assert changed["true"]["executed"] is batch["executed"] and batch.keys() == changed["zero"].keys()
+    assert torch.equal(changed["shuffled"]["executed"], batch["executed"][[2, 3, 0, 1]])
+    zero = changed["zero"]["executed"]
+    assert not zero[..., :6].any() and torch.equal(zero[..., 6], batch["executed"][:, :1, 6].expand(-1, 3))
