@@ -1,7 +1,8 @@
 """The transformer. It sees tokens, their coordinates and one noise level per token; it knows no camera and no robot.
 
 - One input and one output projection per kind of token. Given frames also enter through a small convolution over their
-  pixels: a policy must place objects to about a pixel, finer than the latents' patches resolve.
+  pixels: a policy must place objects to about a pixel, finer than the latents' patches resolve. Other frames also get
+  the latents of the latest given one, place by place: most of a video stands still, and to copy need not be learned.
 - Noise levels -> adaLN modulation, shared by all blocks, plus a learned offset per block (few parameters).
 - Rotary position from (time, row, column, kind), and the same coordinates added to the tokens as Fourier features.
 - Given tokens (the prefix) attend only to each other: their keys and values can be computed once and cached.
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from selfflow_robot.flow import embed_level
-from selfflow_robot.tokens import BYTES_PER_TOKEN, GIVEN, KINDS, Tokens
+from selfflow_robot.tokens import BYTES_PER_TOKEN, GIVEN, KINDS, Span, Tokens
 
 BYTE_DIM = 32
 LEVEL_DIM = 128
 FREQUENCIES = 8  # per coordinate, in the added position
+CHANGE = 0.3  # prior variance of a latent's change since the given frame; latents have variance 1
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class Model(nn.Module):
         self.config, self.channels = config, dict(channels)
         self.activation_checkpointing = False  # compute the inside of blocks again for the backward pass: less memory
         self.inputs = nn.ModuleDict({kind: nn.Linear(c, D) for kind, c in channels.items()})
+        self.before = nn.Linear(channels["video"], D, bias=False)  # the latest given frame at the same place
         self.bytes = nn.Embedding(256, BYTE_DIM)
         self.text = nn.Linear(BYTES_PER_TOKEN * BYTE_DIM, D)
         widths = [3, D // 8, D // 4, D // 2, D]
@@ -211,7 +214,8 @@ class Model(nn.Module):
         self.modulation = nn.Linear(D, 6 * D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.last_modulation = nn.Linear(D, 2 * D)
-        self.outputs = nn.ModuleDict({kind: nn.Linear(D, channels[kind]) for kind in ("video", "action")})
+        outputs = {"video": 2 * channels["video"], "action": channels["action"]}  # mean and spread; velocity
+        self.outputs = nn.ModuleDict({kind: nn.Linear(D, count) for kind, count in outputs.items()})
         # student features -> teacher features (Self-Flow: one hidden layer, no norm)
         self.projector = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, config.feature_width or D))
         self.init_weights()
@@ -275,7 +279,7 @@ class Model(nn.Module):
             if i in wanted:
                 features[i] = x
         shift, scale = (hand_out(a, modulation[1]) for a in self.last_modulation(level).chunk(2, -1))
-        velocity = self._heads(modulate(x, shift, 1 + scale), z, tokens)
+        velocity = self._heads(modulate(x, shift, 1 + scale), z, part(t, P, N), tokens)
         if isinstance(feature_layer, tuple):
             return velocity, [features[i] for i in feature_layer]
         return velocity, features.get(feature_layer)
@@ -326,6 +330,8 @@ class Model(nn.Module):
                 x = self.inputs[span.kind](z[:, span.rows, : self.channels[span.kind]])  # (B, n, D)
                 if span.kind == "video" and span.role == GIVEN:
                     x = x + self._see(tokens.frames)
+                elif span.kind == "video" and tokens.frames is not None:
+                    x = x + repeated(self.before(latest(z, tokens)[..., : self.channels["video"]]), span)
             parts.append(x)
         x = torch.cat(parts, 1) + self.position(fourier(tokens.ids[start:stop]))
         t, who = one_level(t)
@@ -338,14 +344,46 @@ class Model(nn.Module):
             x = F.gelu(conv(x), approximate="tanh")
         return self.stem_out(x.permute(0, 2, 3, 1)).flatten(1, 2).unflatten(0, frames.shape[:2]).flatten(1, 2)
 
-    def _heads(self, x: Tensor, z: Tensor, tokens: Tokens) -> Tensor:  # (B, M, D) -> (B, N, C)
+    def _heads(self, x: Tensor, z: Tensor, t: Tensor | Levels, tokens: Tokens) -> Tensor:
+        """x (B, M, D), t (B, M) or (B, 1) -> velocity (B, N, C)."""
         P, C = tokens.prefix, z.shape[-1]
         parts = [z.new_zeros(*z.shape[:1], P, C)]
         for span in tokens.spans:
-            if span.start >= P:
-                velocity = self.outputs[span.kind](x[:, span.start - P : span.stop - P]).float()
-                parts.append(F.pad(velocity, (0, C - velocity.shape[-1])))
+            if span.start < P:
+                continue
+            rows, channels = slice(span.start - P, span.stop - P), self.channels[span.kind]
+            out = self.outputs[span.kind](x[:, rows]).float()
+            if span.kind == "video":
+                before = None if tokens.frames is None else repeated(latest(z, tokens)[..., :channels], span)
+                level = t.per_token() if isinstance(t, Levels) else t
+                level = level if level.shape[1] == 1 else level[:, rows]
+                out = gaussian_velocity(z[:, span.rows, :channels], level[..., None], *out.chunk(2, -1), before)
+            parts.append(F.pad(out, (0, C - out.shape[-1])))
         return torch.cat(parts, 1)
+
+
+def latest(z: Tensor, tokens: Tokens) -> Tensor:
+    """Of z (B, N, C), the latest given frame (B, h w, C)."""
+    stop = tokens.rows("video", GIVEN).stop
+    return z[:, stop - tokens.places : stop]
+
+
+def repeated(frame: Tensor, span: Span) -> Tensor:
+    """frame (B, h w, C), once for every frame of a span: (B, n, C)."""
+    return frame.repeat(1, (span.stop - span.start) // frame.shape[1], 1)
+
+
+def gaussian_velocity(z: Tensor, t: Tensor, change: Tensor, spread: Tensor, before: Tensor | None) -> Tensor:
+    """Expected velocity where the clean token is believed to be N(before + change, s^2), s^2 = prior * exp(spread), of
+    which z at level t is a noised view: all (B, n, C), t (B, n, 1) or (B, 1, 1).
+
+    A network that outputs velocities must pass a token's noise through its width, which may be less than the token's
+    channels; this one says what it believes of the data alone, and the noise takes the way around it.
+    """
+    prior, mean = (1.0, change) if before is None else (CHANGE, before + change)
+    variance = prior * spread.clamp(-6, 3).exp()
+    gain = (t - (1 - t) * variance) / ((1 - t).square() * variance + t.square())
+    return gain * (z - (1 - t) * mean) - mean
 
 
 def fourier(ids: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def rest_macs(config: ModelConfig, channels: dict[str, int], tokens: Tokens, lay
 
 def heads_macs(config: ModelConfig, channels: dict[str, int], tokens: Tokens, K: int) -> Macs:
     D, M = config.width, tokens.x.shape[1] - tokens.prefix
-    outputs = sum((s.stop - s.start) * channels[s.kind] * D for s in tokens.spans if s.role != GIVEN)
+    width = channels | {"video": 2 * channels["video"]}  # mean and spread
+    outputs = sum((s.stop - s.start) * width[s.kind] * D for s in tokens.spans if s.role != GIVEN)
     return Macs(K * 2 * D * D + outputs, 2 * M * K * D if 1 < K < M else 0)
 
 
@@ -139,6 +140,8 @@ def _inputs(D: int, channels: dict[str, int], tokens: Tokens, given: bool) -> Ma
             n = span.stop - span.start
             inner += n * BYTES_PER_TOKEN * BYTE_DIM * D if span.kind == "text" else 0
             leaf += n * channels[span.kind] * D if span.kind != "text" else 0
+            if span.kind == "video" and not given and tokens.frames is not None:
+                leaf += tokens.places * channels["video"] * D  # the latest given frame
     if given and tokens.frames is not None:
         T, height, width = tokens.frames.shape[1:4]
         widths = (3, D // 8, D // 4, D // 2, D)

@@ -106,7 +106,7 @@ class Draw:
 
 
 def draw(tokens: Tokens, config: SelfFlowConfig, generator: torch.Generator, part: tuple[int, int] = (0, 1)) -> Draw:
-    """For windows (B, ...): `config.draws` rows each, one after another; the level of the given frames is shared.
+    """For windows (B, ...): `config.draws` rows each, one after another; what happens to given tokens is shared.
 
     part (k, n): the windows are the k-th of n equal parts of a batch; what is drawn is that part of the whole batch's.
     """
@@ -117,6 +117,7 @@ def draw(tokens: Tokens, config: SelfFlowConfig, generator: torch.Generator, par
     uniform = torch.rand(rows, N, generator=generator)
     given = config.given_noise * torch.rand(windows, 1, generator=generator).repeat_interleave(width, 0)
     noise = torch.randn((rows, *tokens.x.shape[1:]), generator=generator)
+    noise[:, : tokens.prefix] = noise[::width, : tokens.prefix].repeat_interleave(width, 0)
     seen = tokens.frames is not None and config.given_noise > 0
     pixel_noise = torch.randn((windows, *tokens.frames.shape[1:]), generator=generator) if seen else None
     # From here on: what only some methods need, so that those before are the same in all.

@@ -91,6 +91,12 @@ class Tokens:
     def prefix(self) -> int:
         return sum(span.stop - span.start for span in self.spans if span.role == GIVEN)
 
+    @property
+    def places(self) -> int:
+        """Tokens of one frame, h w; known where frames are given."""
+        given = self.rows("video", GIVEN)
+        return (given.stop - given.start) // self.frames.shape[1]
+
     def repeat(self, times: int) -> "Tokens":
         """Every row `times` times, one after another. What only the given tokens need stays as it is."""
         if times == 1:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from selfflow_robot.model import Levels, ModelConfig, attend, preset, rotate, rotation
-from selfflow_robot.tokens import GENERATED
+from selfflow_robot.model import CHANGE, Levels, ModelConfig, attend, gaussian_velocity, preset, rotate, rotation
+from selfflow_robot.tokens import GENERATED, GIVEN
 from tests.synthetic import SMALL, make_batch, make_model, make_packer
 
 PACKER = make_packer()
@@ -19,11 +19,37 @@ def noised(mode, seed=0):
     return tokens, z, t
 
 
-def test_starts_as_the_zero_velocity():
+def test_starts_knowing_that_most_of_a_video_stands_still():
+    """Before training: of actions the zero velocity, of frames that of N(latest given frame, CHANGE), the best there is
+    for them; where nothing is given, of N(0, 1)."""
     tokens, z, t = noised("joint_plan")
     velocity, _ = make_model(PACKER, zero=True)(z, t, tokens)
-    assert velocity.shape == z.shape
-    assert not velocity.any()
+    assert velocity.shape == z.shape and not velocity[:, tokens.where(GIVEN)[0]].any()
+    assert not velocity[:, tokens.rows("action", GENERATED)].any()
+    rows, C = tokens.rows("video", GENERATED), PACKER.channels["video"]
+    given = tokens.rows("video", GIVEN)
+    places = PACKER.grid[0] * PACKER.grid[1]
+    assert tokens.places == places
+    before = z[:, given.stop - places : given.stop, :C].repeat(1, (rows.stop - rows.start) // places, 1)
+    level = (t if t.shape[1] == 1 else t[:, rows])[..., None]
+    # E[noise - x | z] from the joint Gaussian of x and z = (1 - t) x + t noise
+    variance = (1 - level) ** 2 * CHANGE + level**2
+    off = z[:, rows, :C] - (1 - level) * before
+    x = before + (1 - level) * CHANGE / variance * off
+    noise = level / variance * off
+    torch.testing.assert_close(velocity[:, rows, :C], noise - x, atol=1e-5, rtol=1e-4)
+
+
+def test_the_velocity_of_a_certain_belief_leads_there():
+    """Certain of the token, one step from any level arrives at it; knowing nothing, near data it believes what it
+    sees."""
+    z, t, mean = torch.randn(2, 3, 4), torch.rand(2, 3, 1).clamp(0.2), torch.randn(2, 3, 4)
+    certain = gaussian_velocity(z, t, torch.zeros_like(z), torch.full_like(z, -100.0), mean)
+    torch.testing.assert_close(z - t * certain, mean, atol=0.1, rtol=0.0)  # the least spread is not zero
+    clean = gaussian_velocity(z, torch.zeros_like(t), torch.randn_like(z), torch.zeros_like(z), None)
+    torch.testing.assert_close(clean, -z)
+    at_noise = gaussian_velocity(z, torch.ones_like(t), mean, torch.zeros_like(z), None)
+    torch.testing.assert_close(at_noise, z - mean)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -21,7 +21,7 @@ MILLIONS = {"tiny": 4.5, "small": 20, "base": 130, "large": 290, "625m": 625, "1
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_parameters_their_names_say(name):
     config = PRESETS[name]
-    assert plan.parameters(config) == pytest.approx(MILLIONS[name] * 1e6, rel=0.055)
+    assert plan.parameters(config) == pytest.approx(MILLIONS[name] * 1e6, rel=0.06)
     assert 64 <= config.width // config.heads <= 128 and config.width // config.heads % 8 == 0
 
 

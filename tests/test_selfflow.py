@@ -344,9 +344,9 @@ def test_several_draws_are_a_larger_batch(mode, monkeypatch):
     students = [make_model(PACKER), make_model(PACKER)]
     shared, _ = loss(students[0], make_model(PACKER, seed=1), packed[1], config, generator())
     shared.backward()
-    given = packed[1].where("given")[..., None]  # one noise for all draws of a window
-    noise = torch.where(given, d.noise[::3].repeat_interleave(3, 0), d.noise)
-    same = replace(d, noise=noise, pixel_noise=d.pixel_noise.repeat_interleave(3, 0))
+    prefix = d.noise[:, : packed[1].prefix].unflatten(0, (-1, 3))
+    assert (prefix == prefix[:, :1]).all()  # one noise for all draws of a window
+    same = replace(d, pixel_noise=d.pixel_noise.repeat_interleave(3, 0))
     monkeypatch.setattr("selfflow_robot.selfflow.draw", lambda *_: same)
     repeated, _ = loss(students[1], make_model(PACKER, seed=1), packed[3], replace(config, draws=1), generator())
     repeated.backward()
@@ -374,7 +374,7 @@ def test_losses_are_means_per_modality_times_their_weights():
     masked = replace(tokens, weight=weight)
     spoiled = replace(masked, x=tokens.x.clone())
     spoiled.x[1, rows.stop - 1] = 9
-    zero = make_model(PACKER, zero=True)  # velocity 0 for any input
+    zero = make_model(PACKER, zero=True)  # its features do not reach its velocity
     a, b = (loss(zero, None, x, config, generator())[1]["loss_action"] for x in (masked, spoiled))
     assert torch.equal(a, b)
     assert not torch.equal(a, loss(zero, None, tokens, config, generator())[1]["loss_action"])
