@@ -247,9 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 0, or 1 where faults stopped the run. Raises ValueError where something does not fit."""
     from policies.flow_policy import FlowPolicy
 
-    path = arguments.checkpoint or checkpoint.newest_run("finetune")
-    if path is None:
-        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    path = checkpoint.chosen(arguments.checkpoint)
     planner = FlowPolicy.load(path, steps=arguments.sample_steps)
     layout, rate = planner.layout, arguments.rate or planner.layout.fps
     corners = arguments.workspace and (arguments.workspace[:3], arguments.workspace[3:])

@@ -130,9 +130,7 @@ def identify(cfg: EvalConfig) -> dict:
         return {"policy": "remote", "checkpoint": None, "checkpoint_hash": hashed, "policy_settings": settings}
     if cfg.policy != "checkpoint":
         return {"policy": cfg.policy, "checkpoint": None, "checkpoint_hash": None, "policy_settings": {}}
-    path = cfg.checkpoint or checkpoint.newest_run("finetune")
-    if path is None:
-        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    path = checkpoint.chosen(cfg.checkpoint)
     folder = checkpoint.find(path)
     manifest = checkpoint.read_manifest(checkpoint.saved(folder)[-1])
     if manifest.get("kind") == "pretrain":

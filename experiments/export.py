@@ -17,9 +17,7 @@ def export(cfg: ExportConfig) -> Path:
     """Returns the folder written."""
     from selfflow_robot import checkpoint
 
-    source = cfg.checkpoint or checkpoint.newest_run("finetune")
-    if source is None:
-        raise ValueError("no fine-tuned run in runs/. Name one: --checkpoint RUN")
+    source = checkpoint.chosen(cfg.checkpoint)
     folder = checkpoint.export(source, cfg.out or Path("exported") / Path(source).name, cfg.weights)
     size = (folder / checkpoint.EXPORTED).stat().st_size / 1e6
     print(f"{folder}: {cfg.weights} weights of {source}, {size:.0f} MB")

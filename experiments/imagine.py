@@ -228,9 +228,7 @@ def main():
 
 
 def run(arguments) -> None:
-    path = arguments.checkpoint or checkpoint.newest_run("finetune")
-    if path is None:
-        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    path = checkpoint.chosen(arguments.checkpoint)
     if arguments.windows < 0 or arguments.windows == 1:
         raise ValueError(f"--windows {arguments.windows}: two or more, or 0 for no table")
     out, results = arguments.out, arguments.json or arguments.out.with_suffix(".json")

@@ -53,9 +53,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print judge.json's facts as one object")
     arguments = parser.parse_args()
     try:
-        run = arguments.checkpoint or checkpoint.newest_run("finetune")
-        if run is None:
-            raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+        run = checkpoint.chosen(arguments.checkpoint)
         about = make(run, arguments.data, arguments.frames, arguments.imagined, arguments.sample_steps)
     except (ValueError, OSError, DatasetError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

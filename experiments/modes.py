@@ -226,9 +226,7 @@ def main():
 
 
 def run(arguments) -> None:
-    paths = arguments.runs or [checkpoint.newest_run("finetune")]
-    if paths == [None]:
-        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    paths = arguments.runs or [checkpoint.chosen(None)]
     if arguments.windows < 2:
         raise ValueError(f"--windows {arguments.windows}: two or more")
     policies = load([str(path) for path in paths], arguments.sample_steps)

@@ -295,9 +295,7 @@ def main():
 def run(arguments: argparse.Namespace) -> dict:
     from policies.flow_policy import FlowPolicy
 
-    path = arguments.checkpoint or checkpoint.newest_run("finetune")
-    if path is None:
-        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    path = checkpoint.chosen(arguments.checkpoint)
     planner = FlowPolicy.load(path, steps=arguments.sample_steps)
     execute, delay = arguments.execute, arguments.delay
     results: dict = {"checkpoint": str(path), "sha256": planner.manifest.get("sha256"), "execute": execute}

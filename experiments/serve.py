@@ -39,9 +39,7 @@ def serve(cfg: ServeConfig) -> None:
         idle=cfg.idle_timeout,
     )
     tls = tls_context(cfg.cert, cfg.key) if cfg.cert else None
-    path = cfg.checkpoint or checkpoint.newest_run("finetune")
-    if path is None:
-        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    path = checkpoint.chosen(cfg.checkpoint)
     policy = FlowPolicy.load(path, steps=cfg.sample_steps, imagination=cfg.imagination, compiled=cfg.compile)
     warm_up(policy)
     metadata = describe(policy, Path(path).resolve().name)

@@ -260,6 +260,14 @@ def newest_run(kind: str, method: str | None = None, runs: str | Path = "runs") 
     return newest[1] if newest else None
 
 
+def chosen(path: str | Path | None) -> str | Path:
+    """The run that was named, or the newest fine-tuned one. Raises ValueError naming the command that makes one."""
+    found = path or newest_run("finetune")
+    if found is None:
+        raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
+    return found
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Whole or not at all. Raises CheckpointError naming the file when the disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from selfflow_robot import checkpoint
 from selfflow_robot.codec import CodecConfig
 from selfflow_robot.data import finalize, write_episode
 from selfflow_robot.flow import generator
@@ -45,6 +46,18 @@ def make_model(packer, config=SMALL, seed=0, zero=False):
             if "modulation" in name or "outputs" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def save_run(folder, layout=LAYOUT, seed=0, **manifest):
+    """A run folder with an untrained policy (or, by its manifest, something else) of that layout; returns it."""
+    packer = make_packer(layout)
+    packer.codec.fit([make_batch(layout=layout)["video"]])
+    model = make_model(packer, seed=seed)
+    parts = {"model": model, "ema": model, "packer": packer}
+    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
+    described = {"kind": "finetune"} | checkpoint.describe(model, packer)
+    checkpoint.save(folder / "checkpoint", 1, tensors, described | manifest)
+    return folder
 
 
 def write_dataset(root, episodes=4, length=12, height=32, width=48):

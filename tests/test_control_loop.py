@@ -15,9 +15,8 @@ from experiments.control_loop import EndOfRun, Log, ReplayedRobot, control
 from policies.flow_policy import Plan
 from policies.realtime import DeadlineMissed, RealTimePolicy
 from policies.safety import Guard, Limits
-from selfflow_robot import checkpoint
 from selfflow_robot.data import decode_video, open_dataset
-from tests.synthetic import make_batch, make_model, make_packer, write_dataset
+from tests.synthetic import save_run, write_dataset
 
 SCRIPT = Path(control_loop.__file__)
 MOVE = np.array([0.01, 0, 0, 0, 0, 0, 0.5], np.float32)
@@ -213,14 +212,7 @@ def test_a_recording_is_shown_frame_by_frame_and_ends(data):
 
 @pytest.fixture
 def checkpoint_folder(tmp_path):
-    packer = make_packer()
-    packer.codec.fit([make_batch()["video"]])
-    model = make_model(packer)
-    parts = {"model": model, "ema": model, "packer": packer}
-    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
-    manifest = {"kind": "finetune"} | checkpoint.describe(model, packer)
-    checkpoint.save(tmp_path / "run/checkpoint", 1, tensors, manifest)
-    return tmp_path / "run"
+    return save_run(tmp_path / "run")
 
 
 def run_script(folder, *arguments):

@@ -25,6 +25,7 @@ from policies.realtime import RealTimePolicy
 from selfflow_robot import checkpoint
 from selfflow_robot.config import EvalConfig
 from selfflow_robot.metrics import wilson_interval
+from tests.synthetic import save_run
 
 FATAL = 13  # a seed whose first attempt kills its worker
 
@@ -168,7 +169,7 @@ def test_one_real_episode(folder):
 
 def test_settings_make_the_policy(tmp_path):
     """Each setting arrives where it acts, and only what is not the default goes into the record."""
-    run = save_small_policy(tmp_path)
+    run = str(save_run(tmp_path))
     plain, alarm = checkpoint_policy(EvalConfig(), run)
     assert isinstance(plain, ChunkedPolicy) and alarm is None and changed_settings(EvalConfig()) == {}
     changed = dict(delay=1, committed=False, imagination=0.5, cached=False, alarm_every=4)
@@ -183,20 +184,8 @@ def test_settings_make_the_policy(tmp_path):
         checkpoint_policy(EvalConfig(samples=2), run)
 
 
-def save_small_policy(folder) -> str:
-    from tests.synthetic import make_batch, make_model, make_packer
-
-    packer = make_packer()
-    packer.codec.fit([make_batch()["video"]])
-    model = make_model(packer)
-    parts = {"model": model, "ema": model, "packer": packer}
-    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
-    checkpoint.save(folder / "checkpoint", 1, tensors, {"kind": "finetune"} | checkpoint.describe(model, packer))
-    return str(folder)
-
-
 def test_the_alarm_reads_every_few_steps_and_changes_nothing(tmp_path):
-    run = save_small_policy(tmp_path)
+    run = str(save_run(tmp_path))
     rng = np.random.default_rng(0)
     seen = [
         {

@@ -16,11 +16,10 @@ from experiments import imagine as script
 from experiments.imagine import BAR, MOMENTS, as_dataset, contact_sheet, imagine, panels, side_by_side
 from policies import measures
 from policies.flow_policy import FlowPolicy
-from selfflow_robot import checkpoint
 from selfflow_robot.data import finalize, open_dataset, write_episode
 from selfflow_robot.tokens import Layout
 from tests.fakes import LineEnv, LineExpert
-from tests.synthetic import LAYOUT, make_batch, make_model, make_packer, write_dataset
+from tests.synthetic import LAYOUT, make_batch, save_run, write_dataset
 
 LENGTH = 40
 
@@ -123,13 +122,7 @@ def test_columns_and_rows_of_the_video(dataset):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder, packer = tmp_path_factory.mktemp("run"), make_packer()
-    packer.codec.fit([make_batch()["video"]])
-    model = make_model(packer)
-    parts = {"model": model, "ema": model, "packer": packer}
-    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
-    checkpoint.save(folder / "checkpoint", 1, tensors, {"kind": "finetune"} | checkpoint.describe(model, packer))
-    return folder
+    return save_run(tmp_path_factory.mktemp("run"))
 
 
 def test_a_windows_noise_is_its_own(run, tmp_path):

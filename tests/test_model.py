@@ -1,7 +1,19 @@
+import shutil
+
 import pytest
 import torch
 
-from selfflow_robot.model import CHANGE, Levels, ModelConfig, attend, gaussian_velocity, preset, rotate, rotation
+from selfflow_robot.model import (
+    CHANGE,
+    Levels,
+    ModelConfig,
+    attend,
+    gaussian_velocity,
+    precision,
+    preset,
+    rotate,
+    rotation,
+)
 from selfflow_robot.tokens import GENERATED, GIVEN
 from tests.synthetic import SMALL, make_batch, make_model, make_packer
 
@@ -180,3 +192,27 @@ def test_wrong_sizes_are_refused():
         preset("huge")
     with pytest.raises(ValueError, match="multiple of 8"):
         ModelConfig(width=100, heads=5)
+
+
+def test_the_copy_to_sample_with_computes_the_same():
+    """Casting once or at every use: the same bits; and the original keeps its precision."""
+    tokens, z, t = noised("joint_plan")
+    model = make_model(PACKER).eval()
+    copied = model.for_inference(torch.device("cpu"))
+    with torch.no_grad(), precision("cpu"):
+        assert torch.equal(model(z, t, tokens)[0], copied(z, t, tokens)[0])
+    assert model.modulation.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_computes_the_same():
+    tokens, z, t = noised("policy")
+    model = make_model(PACKER).eval()
+    compiled = model.for_inference(torch.device("cpu"), compiled=True)
+    with torch.no_grad(), precision("cpu"):
+        expected, _ = model(z, t, tokens, cache=model.prefix_cache(z, t, tokens))
+        found, _ = compiled(z, t, tokens, cache=compiled.prefix_cache(z, t, tokens))
+    torch.testing.assert_close(found, expected, atol=0.05 * expected.abs().max().item(), rtol=0.05)  # bf16, fused

@@ -14,11 +14,10 @@ from experiments.modes import MEASURES, compare, nothing_learned, rows, video_sc
 from policies import measures
 from policies.consistency import consistency, self_consistency
 from policies.flow_policy import FlowPolicy
-from selfflow_robot import checkpoint
 from selfflow_robot.data import open_dataset
 from selfflow_robot.flow import generator
 from selfflow_robot.tokens import MODES
-from tests.synthetic import LAYOUT, make_batch, make_model, make_packer, write_dataset
+from tests.synthetic import LAYOUT, make_batch, make_model, make_packer, save_run, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +31,6 @@ def policy():
     packer = make_packer()
     packer.codec.fit([make_batch()["video"]])
     return FlowPolicy(make_model(packer), packer, steps=2)
-
-
-def save(folder, layout=LAYOUT, seed=0):
-    packer = make_packer(layout)
-    packer.codec.fit([make_batch(layout=layout)["video"]])
-    model = make_model(packer, seed=seed)
-    parts = {"model": model, "ema": model, "packer": packer}
-    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
-    checkpoint.save(folder / "checkpoint", 1, tensors, {"kind": "finetune"} | checkpoint.describe(model, packer))
-    return folder
 
 
 class Knowing:
@@ -195,7 +184,7 @@ def start(monkeypatch, *arguments):
 
 def test_the_script_compares_two_runs(tmp_path, monkeypatch, capsys):
     data = write_dataset(tmp_path / "data", 60)
-    runs = [save(tmp_path / "corners"), save(tmp_path / "shared", seed=1)]
+    runs = [save_run(tmp_path / "corners"), save_run(tmp_path / "shared", seed=1)]
     out = tmp_path / "out/modes.json"
     start(monkeypatch, "--runs", *runs, "--data", data, "--windows", 8, "--sample_steps", 1, "--json", out)
     report = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -210,8 +199,8 @@ def test_the_script_compares_two_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
-    data, first = write_dataset(tmp_path / "data", 3), save(tmp_path / "first")
-    second = save(tmp_path / "second", replace(LAYOUT, future=(4,)))
+    data, first = write_dataset(tmp_path / "data", 3), save_run(tmp_path / "first")
+    second = save_run(tmp_path / "second", replace(LAYOUT, future=(4,)))
     for arguments, message in (
         (["--runs", first, second], r"error: first has future (2, 4), second (4,)"),
         (["--runs", first, first], "error: runs of the same name"),

@@ -7,18 +7,12 @@ from policies.chunking import ChunkedPolicy
 from policies.flow_policy import FlowPolicy, Request
 from selfflow_robot import checkpoint
 from selfflow_robot.flow import generator
-from tests.synthetic import LAYOUT, make_batch, make_model, make_packer
+from tests.synthetic import LAYOUT, make_batch, make_model, make_packer, save_run
 
 
 @pytest.fixture
 def run(tmp_path):
-    packer = make_packer()
-    packer.codec.fit([make_batch()["video"]])
-    model = make_model(packer)
-    parts = {"model": model, "ema": model, "packer": packer}
-    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
-    checkpoint.save(tmp_path / "checkpoint", 1, tensors, {"kind": "finetune"} | checkpoint.describe(model, packer))
-    return tmp_path
+    return save_run(tmp_path)
 
 
 def observation(seed=0, instruction="open", **changes):

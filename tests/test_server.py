@@ -597,16 +597,9 @@ def test_the_script_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
     from policies import load_policy
     from policies.chunking import ChunkedPolicy
     from policies.remote import RemotePlanner
-    from selfflow_robot import checkpoint
-    from tests.synthetic import make_batch, make_model, make_packer
+    from tests.synthetic import save_run
 
-    packer = make_packer()
-    packer.codec.fit([make_batch()["video"]])
-    model = make_model(packer)
-    parts = {"model": model, "ema": model, "packer": packer}
-    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
-    manifest = {"kind": "finetune"} | checkpoint.describe(model, packer)
-    checkpoint.save(tmp_path / "my_run/checkpoint", 1, tensors, manifest)
+    save_run(tmp_path / "my_run")
     (tmp_path / "token").write_text("secret\n")
     command = [sys.executable, ROOT / "experiments/serve.py", "--checkpoint", tmp_path / "my_run", "--port", "0"]
     command += ["--token_file", tmp_path / "token", "--sample_steps", "2"]

@@ -13,11 +13,10 @@ from policies.flow_policy import FlowPolicy
 from policies.judge import Judge, Seen, best_threshold, orthonormal
 from policies.planning import BestOfN
 from policies.world_model import WorldModelEnv
-from selfflow_robot import checkpoint
 from selfflow_robot.data import open_dataset
 from selfflow_robot.probe import regress
 from selfflow_robot.tokens import Layout
-from tests.synthetic import make_batch, make_model, make_packer, write_dataset
+from tests.synthetic import make_batch, make_model, make_packer, save_run, write_dataset
 
 LAYOUT = Layout(past=(0,), future=(2, 3), horizon=3, text_bytes=16, height=32, width=48)
 
@@ -126,11 +125,8 @@ def test_watches_the_frame_its_actions_lead_to(policy, tmp_path):
     assert not np.allclose(imagined.features, real.features) and np.array_equal(imagined.felt, real.felt)
 
 
-def test_a_judge_is_kept_beside_its_run(policy, tmp_path):
-    parts = {"model": policy.model, "ema": policy.model, "packer": policy.packer}
-    tensors = {k: v.clone() for prefix, part in parts.items() for k, v in checkpoint.collect(prefix, part).items()}
-    described = checkpoint.describe(policy.model, policy.packer)
-    checkpoint.save(tmp_path / "run" / "checkpoint", 1, tensors, {"kind": "finetune"} | described)
+def test_a_judge_is_kept_beside_its_run(tmp_path):
+    save_run(tmp_path / "run", LAYOUT)
     loaded = FlowPolicy.load(tmp_path / "run")
     with pytest.raises(ValueError, match=r"no judge. Make it: python experiments/judge.py --checkpoint"):
         judging.load(tmp_path / "run", loaded)
