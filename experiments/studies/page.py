@@ -1,0 +1,496 @@
+"""A study's report: one HTML page that loads nothing, in the dress of experiments/report.py, whose parts it is made of.
+
+Every number is computed here from the results that are there; what is not there is said, with the reason.
+"""
+
+import os
+import re
+from collections import Counter
+from html import escape
+from pathlib import Path
+from string import Template
+
+from selfflow_robot.metrics import Estimate
+
+from . import analysis, plan, results
+from .plan import Job, Point, Study
+from .results import Outcomes
+
+if __package__ == "experiments.studies":  # imported, by a test; else study.py runs as a script, beside report.py
+    from experiments import report as parts
+else:
+    import report as parts
+
+STYLE = re.search("<style>.*?</style>", parts.PAGE.template, re.DOTALL).group()
+COLOURS = (*parts.COLOURS, "#c0392b", "#16837a", "#b8860b", "#5d6d7e", "#8e5a3c")  # one per arm of a study
+MEASURES = {  # of modes.py: title, digits, whether high is good
+    "world_model_psnr_moving": ("predicted video, PSNR of what moves, dB", 2, True),
+    "world_model_psnr": ("predicted video, PSNR, dB", 2, True),
+    "world_model_gap": ("action following, dB lost under wrong actions", 2, True),
+    "policy_mm": ("policy's action error, mm", 1, False),
+    "inverse_dynamics_mm": ("inverse dynamics' action error, mm", 1, False),
+}
+CURVE_POINTS = 200  # of a training curve, at most
+EXAMPLES = 4  # seeds shown as videos
+LISTED = 40  # jobs that are named on the page, at most
+
+
+def write(study: Study, points: list[Point], jobs: list[Job], states: dict[str, str], plans: dict, look: int) -> Path:
+    """The page from what is there; returns its path. states: of the jobs, by name. Raises ReportError for damage."""
+    outcomes = Outcomes(study)
+    content = PAGE.substitute(
+        title=escape(f"Study: {study.name}"),
+        style=STYLE,
+        question=escape(study.question),
+        conclusion=conclusion_section(study, points, outcomes, look),
+        state=state_section(study, jobs, states, plans),
+        success=success_section(study, points, outcomes),
+        differences=difference_section(study, points, outcomes),
+        probes=probe_section(study, points),
+        modes=modes_section(study, points),
+        cosine=cosine_section(study, points),
+        examples=example_section(study, points),
+        missing=missing_section(study, points, jobs, states),
+        plan=escape(study.text),
+        command=escape(f"python experiments/study.py --study {study.name}"),
+    )
+    out = Path(study.root) / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def sentence(study: Study, points: list[Point], outcomes: Outcomes, look: int) -> str:
+    """The conclusion, from the numbers alone; what is missing where there is none yet."""
+    first, second = (study.arms[study.primary[side]]["label"] for side in ("first", "second"))
+    found = results.primary_difference(study, points, outcomes)
+    arms = results.primary(study, points)
+    if found is None:
+        have = sum(len(outcomes.complete(one)) for one in arms)
+        return f"Not decided yet: {have} of {sum(map(len, arms))} trainings of the primary comparison were evaluated."
+    rates, gap = found
+    seeds, point = len(arms[0]), arms[0][0]
+    about = (
+        f"{study.task.replace('_', ' ')}, {point.data} demonstrations, equal {point.budget}, "
+        f"{seeds} training seed{'s' if seeds > 1 else ''} per arm, {len(results.wanted(study, point))} episodes each"
+    )
+    text = analysis.conclusion((first, second), rates, gap, study.primary["margin"], about)
+    if seeds == 1:
+        text += (
+            " With one training seed the interval is over episodes alone: it speaks of two checkpoints, not of methods."
+        )
+    return text
+
+
+def conclusion_section(study: Study, points: list[Point], outcomes: Outcomes, look: int) -> str:
+    text = f"<p><b>{escape(sentence(study, points, outcomes, look))}</b></p>"
+    found = results.primary_difference(study, points, outcomes)
+    if found is None:
+        return text
+    decision = analysis.decide(found[1], look + 1, len(study.looks), study.primary["margin"], study.looks[look])
+    level = analysis.level_of(len(study.looks))
+    verb = "Stop" if decision.stop else "Go on"
+    text += (
+        f"<p>{verb} after look {look + 1} of {len(study.looks)}: {escape(decision.why)}. Intervals of the primary "
+        f"comparison are at {100 * (1 - level):.1f}%, so that all looks together keep 95%.</p>"
+    )
+    if study.primary["budget"] == "steps" and (
+        compute := results.primary_difference(study, points, outcomes, "compute")
+    ):
+        counted = found[1].low > 0 or found[1].high < 0
+        role = (
+            "tested, for the first excludes zero"
+            if counted
+            else "shown, not tested, for the first does not exclude zero"
+        )
+        text += f"<p>At equal compute ({role}): {difference_text(compute[1])} points.</p>"
+    return text
+
+
+def state_section(study: Study, jobs: list[Job], states: dict[str, str], plans: dict) -> str:
+    counts = Counter(text.split(" on ")[0] for text in states.values())
+    lines = [
+        f"<p>Plan <code>{study.hash}</code>, {len(jobs)} jobs: "
+        + ", ".join(f"{count} {escape(text)}" for text, count in counts.items())
+        + ".</p>"
+    ]
+    versions = plans.get("versions", [])
+    if len(versions) > 1 or (versions and versions[-1]["hash"] != study.hash):
+        history = "; ".join(f"{version['hash']} since {version['since']}" for version in versions)
+        lines.append(parts.note(f"The plan was changed after work had begun: {history}; now {study.hash}."))
+    rows = []
+    for number, block in enumerate(study.plan):
+        for arm in block["arms"]:
+            before, after = plan.steps(study, arm, block["budget"])
+            shown = [str(max(before.values())) if before else "none", ", ".join(map(str, after.values()))]
+            rows.append([str(number + 1), *setting(block), key(study, arm), *shown])
+    head = ["block", "model", "demonstrations", "equal", "arm", "pretraining steps", "fine-tuning steps, evaluated at"]
+    costs = ", ".join(f"{name} {cost}" for name, cost in study.cost["pretrain"].items())
+    return (
+        "".join(lines)
+        + parts.table(head, rows)
+        + f"<p class='small'>A pretraining step costs, in plain steps: {escape(costs)}.</p>"
+    )
+
+
+def success_section(study: Study, points: list[Point], outcomes: Outcomes) -> str:
+    cells = results.by_cell(points)
+    html = []
+    for where in settings(points):
+        ours = {c: seeds for c, seeds in cells.items() if c[:3] == where and outcomes.complete(seeds)}
+        if not ours:
+            continue
+        arms, lengths = list(dict.fromkeys(c[3] for c in ours)), sorted({c[4] for c in ours})
+        html.append(f"<h3>{heading(where)}</h3>" + curve_chart(study, ours, arms, outcomes))
+        rows = []
+        for arm in arms:
+            row = [key(study, arm)]
+            for length in lengths:
+                seeds = ours.get((*where, arm, length), [])
+                (table,) = outcomes.table(seeds) if seeds else [None]
+                row.append(rate_cell(table) if table is not None and table.size else "")
+            rows.append(row)
+        html.append(parts.table(["arm", *(f"{length} steps" for length in lengths)], rows))
+    if not html:
+        return parts.note("No evaluation is finished yet.")
+    note = (
+        "Success at the last step of an episode. Table: successes / episodes of all training seeds, 95% Wilson "
+        "interval, number of seeds. Curves: 95% intervals over training seeds and episodes together; the points of a "
+        "curve are the same trainings at several lengths, so they are not independent of each other. At equal compute "
+        "the axis is the fine-tuning steps of a plain arm that cost as much."
+    )
+    return "".join(html) + f"<p class='small'>{note}</p>"
+
+
+def curve_chart(study: Study, cells: dict, arms: list[str], outcomes: Outcomes) -> str:
+    pyplot = parts.load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 3))
+    for place, arm in enumerate(arms):
+        shown = sorted((c[4], analysis.rate(outcomes.table(seeds)[0])) for c, seeds in cells.items() if c[3] == arm)
+        # Moved sideways a little, or the intervals of arms hide each other.
+        x = [length * (1 + 0.01 * (place - (len(arms) - 1) / 2)) for length, _ in shown]
+        y = [100 * estimate.value for _, estimate in shown]
+        around = [
+            [max(100 * (e.value - e.low), 0) for _, e in shown],
+            [max(100 * (e.high - e.value), 0) for _, e in shown],
+        ]
+        axis.errorbar(x, y, around, fmt="o-", markersize=4, linewidth=1.3, capsize=3, color=colour(study, arm))
+    axis.set(xlabel="fine-tuning steps", ylabel="success, % of episodes", ylim=(-3, 103))
+    return (
+        legend(study, arms) + f'<div class="scroll wide">{parts.draw(figure, "success against training steps")}</div>'
+    )
+
+
+def comparisons(study: Study, points: list[Point]) -> list[tuple[tuple, str, str]]:
+    """(setting, arm, what it is compared with) in the order of the plan."""
+    there = {results.cell(point)[:4] for point in points}
+    found = [
+        ((block["model"], block["data"], block["budget"]), arm, other)
+        for block in study.plan
+        for arm in block["arms"]
+        for other in study.arms[arm].get("against", [])
+    ]
+    return [one for one in dict.fromkeys(found) if {(*one[0], one[1]), (*one[0], one[2])} <= there]
+
+
+def difference_section(study: Study, points: list[Point], outcomes: Outcomes) -> str:
+    cells = results.by_cell(points)
+    last = max(study.finetune["lengths"])
+    rows, early = [], []
+    for where, arm, other in comparisons(study, points):
+        for length in study.finetune["lengths"]:
+            sides = [cells.get((*where, name, length), []) for name in (arm, other)]
+            first, second = outcomes.table(*sides)
+            if not first.size or not second.size:
+                continue
+            row = [*setting(where), f"{key(study, arm)} − {key(study, other)}"]
+            estimate = difference_text(analysis.difference(first, second))
+            seeds = f"{len(first)}, {len(second)}"
+            if length != last:
+                early.append([*row, str(length), seeds, estimate])
+                continue
+            pairs = analysis.mcnemar(first, second)
+            values = ", ".join(f"{pair.p_value:.2g} ({pair.only_first}:{pair.only_second})" for pair in pairs)
+            rows.append([*row, "success", seeds, estimate, values])
+            for subgoal in subgoals(outcomes, sides[0]):
+                one, two = outcomes.table(*sides, key=subgoal)
+                if one.size and two.size:
+                    text = difference_text(analysis.difference(one, two))
+                    rows.append([*[""] * 4, escape(parts.label(subgoal)), "", text, ""])
+    if not rows and not early:
+        return parts.note("No two arms of a comparison are evaluated at the same length yet.")
+    head = ["model", "demonstrations", "equal", "difference"]
+    note = (
+        "Percentage points; 95% intervals from a bootstrap over training seeds and episodes together (Student's t, "
+        "never narrower than Newcombe's paired interval). McNemar's exact p per training seed, with the episodes that "
+        "only one of the two checkpoints solved: it compares those checkpoints, not the methods. All but the primary "
+        "comparison is exploration: of twenty such intervals one misses zero by chance."
+    )
+    html = parts.table([*head, f"after {last} steps", "seeds", "points", "McNemar per seed"], rows) if rows else ""
+    if early:
+        shown = parts.table([*head, "steps", "seeds", "points"], early)
+        html += f"<details><summary>at the other lengths</summary>{shown}</details>"
+    return html + f"<p class='small'>{note}</p>"
+
+
+def probe_section(study: Study, points: list[Point]) -> str:
+    found = results.probes(study, points)
+    if not found:
+        return parts.note("No probe is finished yet.")
+    pyplot, html = parts.load_pyplot(), []
+    last = max(study.pretrain["lengths"])
+    for where in settings(points):
+        ours = {arm: runs for (*place, arm, length), runs in found.items() if tuple(place) == where and length == last}
+        if not ours:
+            continue
+        targets = common_targets(ours.values())
+        figure, axes = pyplot.subplots(1, len(targets), figsize=(2.5 * len(targets), 2.6), squeeze=False)
+        rows = []
+        for axis, target in zip(axes[0], targets):
+            for arm, runs in ours.items():
+                layers = results.probe_layers(runs, target)
+                line = dict(color=colour(study, arm))
+                axis.plot(list(layers), [e.value for e in layers.values()], linewidth=1.3, **line)
+                axis.fill_between(list(layers), *zip(*((e.low, e.high) for e in layers.values())), alpha=0.15, **line)
+            baselines = next(iter(next(iter(ours.values())).values()))["baselines"]
+            for style, name in ((":", "untrained"), ("--", "pixels")):
+                axis.axhline(baselines[name][target]["value"], linestyle=style, color=parts.GREY, linewidth=1)
+            axis.set(xlabel="block", title=target.replace("_", " "))
+        for arm, runs in ours.items():
+            scores = [analysis.over_seeds(list(results.probe_best(runs, target).values())) for target in targets]
+            rows.append([key(study, arm), *(score.text() for score in scores)])
+        for place, arm, other in comparisons(study, points):
+            if place == where and arm in ours and other in ours:
+                gaps = [
+                    analysis.paired_over_seeds(results.probe_best(ours[arm], t), results.probe_best(ours[other], t))
+                    for t in targets
+                ]
+                rows.append([f"{key(study, arm)} − {key(study, other)}", *(gap.text() for gap in gaps)])
+        html.append(f"<h3>{heading(where)}, after {last} pretraining steps</h3>" + legend(study, list(ours)))
+        html.append(f'<div class="scroll wide">{parts.draw(figure, "probe accuracy by block")}</div>')
+        html.append(parts.table(["best block", *(escape(t.replace("_", " ")) for t in targets)], rows))
+    note = (
+        "R^2 of positions, balanced accuracy of the rest, on demonstrations that no run was trained on; 95% intervals "
+        "over training seeds (none for one). Dotted: an untrained network; dashed: a small picture."
+    )
+    return "".join(html) + f"<p class='small'>{note}</p>"
+
+
+def common_targets(arms) -> list[str]:
+    layers = [layer for runs in arms for run in runs.values() for layer in run["layers"].values()]
+    return [target for target in layers[0] if all(target in layer for layer in layers)]
+
+
+def modes_section(study: Study, points: list[Point]) -> str:
+    found = results.modes(study, points)
+    if not found:
+        return parts.note("No measurement of the modes is finished yet.")
+    html = []
+    for where in settings(points):
+        ours = {arm: seeds for (*place, arm), seeds in found.items() if tuple(place) == where}
+        if not ours:
+            continue
+        (idle, *_), rows = ours.pop(results.IDLE).values(), []
+        for arm, seeds in ours.items():
+            estimates = {m: analysis.over_seeds([values.get(m) for values in seeds.values()]) for m in MEASURES}
+            rows.append([key(study, arm), *(estimates[m].text(digits) for m, (_, digits, _) in MEASURES.items())])
+        rows.append(
+            ["nothing learned", *(analysis.over_seeds([idle.get(m)]).text(d) for m, (_, d, _) in MEASURES.items())]
+        )
+        for place, arm, other in comparisons(study, points):
+            if place != where or arm not in ours or other not in ours:
+                continue
+            cells = []
+            for measure, (_, digits, _) in MEASURES.items():
+                first, second = (
+                    {s: v[measure] for s, v in ours[name].items() if v.get(measure) is not None}
+                    for name in (arm, other)
+                )
+                cells.append(analysis.paired_over_seeds(first, second).text(digits))
+            rows.append([f"{key(study, arm)} − {key(study, other)}", *cells])
+        head = [f"{title} ({'high' if high else 'low'} is good)" for title, _, high in MEASURES.values()]
+        html.append(f"<h3>{heading(where)}</h3>" + parts.table(["", *map(escape, head)], rows))
+    note = (
+        "At the last length, on the same held-out windows with the same noise (experiments/modes.py); 95% intervals "
+        "over training seeds, of differences seed by seed."
+    )
+    return "".join(html) + f"<p class='small'>{note}</p>"
+
+
+def cosine_section(study: Study, points: list[Point]) -> str:
+    """Of student and teacher against pretraining steps: whether there is anything left to learn from it."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    seen = set()
+    for point in points:
+        if point.backbones and point.seed == 0 and point.budget == "steps" and point.arm not in curves:
+            run = plan.split(point.backbones[-1][1])[0]
+            read = parts.read_curves(Path(study.root) / run / "metrics.jsonl").get("cosine", {})
+            line = sorted(read.items())[:: max(len(read) // CURVE_POINTS, 1)]
+            if line and run not in seen:
+                curves[point.arm] = line
+                seen.add(run)
+    if not curves:
+        return parts.note("No pretraining with a feature loss yet.")
+    pyplot = parts.load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 2.6))
+    for arm, line in curves.items():
+        axis.plot(*zip(*line), color=colour(study, arm), linewidth=1)
+    axis.set(xlabel="pretraining steps", ylabel="cosine", ylim=(min(0, axis.get_ylim()[0]), 1.02))
+    ends = ", ".join(f"{escape(study.arms[arm]['label'])} {line[-1][1]:.2f}" for arm, line in curves.items())
+    note = f"Of the student's projected and the teacher's features, training seed 0; at the end: {ends}."
+    note = f"<p class='small'>{note}</p>"
+    return legend(study, list(curves)) + f'<div class="scroll wide">{parts.draw(figure, "cosine")}</div>' + note
+
+
+def example_section(study: Study, points: list[Point]) -> str:
+    html = []
+    shown: set[str] = set()
+    for point in points:
+        name = point.policy.replace("finetune_", "imagine_", 1)
+        path = Path(study.root) / name / "imagined.mp4"
+        if point.last and point.seed == 0 and point.arm not in shown and path.exists():
+            shown.add(point.arm)
+            caption = f"{key(study, point.arm)}: real, then imagined under true, shuffled and no actions"
+            html.append(parts.video(path, caption))
+    imagined = f'<div class="pair">{"".join(html)}</div>' if html else parts.note("No imagined video yet.")
+    arms = [one[0] for one in results.primary(study, points) if one]
+    arms = [arm for point in arms if (arm := parts.read_arm(Path(study.root) / point.evaluation))]
+    return imagined + (
+        parts.rollout_section(arms, EXAMPLES) if len(arms) == 2 else parts.note("No rollouts of both arms yet.")
+    )
+
+
+def missing_section(study: Study, points: list[Point], jobs: list[Job], states: dict[str, str]) -> str:
+    """Every job that is not done, and why."""
+    left = [job for job in jobs if states[job.name] != "done"]
+    if not left:
+        return "<p>Everything that the plan holds was run.</p>"
+    by_name = {job.name: job for job in jobs}
+    reasons = {job.name: reason(job, by_name, states) for job in left}
+    counts = Counter((job.kind, why_kind(reasons[job.name])) for job in left)
+    rows = [[escape(kind), escape(why), str(count)] for (kind, why), count in counts.items()]
+    named = [[escape(job.name), escape(reasons[job.name])] for job in left]
+    named.sort(key=lambda row: not row[1].startswith("failed"))
+    more = f"<p class='small'>and {len(named) - LISTED} more</p>" if len(named) > LISTED else ""
+    detail = parts.table(["job", "why"], named[:LISTED]) + more
+    blocks = block_progress(study, points, states)
+    return (
+        parts.table(["block", "model", "demonstrations", "equal", "evaluations done"], blocks)
+        + parts.table(["kind", "why it was not run", "jobs"], rows)
+        + f"<details><summary>by name</summary>{detail}</details>"
+    )
+
+
+def block_progress(study: Study, points: list[Point], states: dict[str, str]) -> list[list[str]]:
+    rows = []
+    for number, block in enumerate(study.plan):
+        names = {point.evaluation for point in points if point.block == number}
+        finished = sum(states.get(name) == "done" for name in names)
+        rows.append([str(number + 1), *setting(block), f"{finished} of {len(names)}"])
+    return rows
+
+
+def reason(job: Job, by_name: dict[str, Job], states: dict[str, str]) -> str:
+    if states[job.name] == "failed":
+        return "failed: see its log"
+    if states[job.name].startswith("running"):
+        return states[job.name]
+    for need in job.needs:
+        if states[need] != "done":
+            above = reason(by_name[need], by_name, states)
+            if above.startswith("failed"):
+                return f"failed: {need}" if states[need] == "failed" else above
+    return "not started: the time given to the study ended before"
+
+
+def why_kind(text: str) -> str:
+    return text.split(":")[0].split(" on ")[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+def settings(points: list[Point]) -> list[tuple[str, int, str]]:
+    return list(dict.fromkeys((point.model, point.data, point.budget) for point in points))
+
+
+def setting(where: dict | tuple) -> list[str]:
+    """Cells of a table."""
+    values = [where[name] for name in ("model", "data", "budget")] if isinstance(where, dict) else where
+    return [escape(str(value)) for value in values]
+
+
+def heading(where: tuple[str, int, str]) -> str:
+    model, data, budget = setting(where)
+    return f"{data} demonstrations, preset {model}, equal {budget}"
+
+
+def colour(study: Study, arm: str) -> str:
+    return COLOURS[list(study.arms).index(arm) % len(COLOURS)]
+
+
+def key(study: Study, arm: str) -> str:
+    return f'<span class="key" style="background:{colour(study, arm)}"></span>{escape(study.arms[arm]["label"])}'
+
+
+def legend(study: Study, arms: list[str]) -> str:
+    return f'<p class="legend">{"".join(f"<span>{key(study, arm)}</span>" for arm in arms)}</p>'
+
+
+def subgoals(outcomes: Outcomes, points: list[Point]) -> list[str]:
+    arm = outcomes.read.get(points[0].evaluation) if points else None
+    return list(dict.fromkeys(name for episode in arm.episodes.values() for name in episode["subgoals"])) if arm else []
+
+
+def rate_cell(table) -> str:
+    found = analysis.wilson(table)
+    return (
+        f"<b>{found.value:.0%}</b> {int(table.sum())}/{table.size} "
+        f"<span class='small'>[{found.low:.0%}, {found.high:.0%}], {len(table)}</span>"
+    )
+
+
+def difference_text(found: Estimate) -> str:
+    value, low, high = map(analysis.percent, found)
+    return f"<b>{value}</b> <span class='small'>[{low}, {high}]</span>"
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+$style
+</head>
+<body>
+<h1>$title</h1>
+<p>$question</p>
+$conclusion
+<h2>What was planned, and what was done</h2>
+$state
+<h2>Success against training</h2>
+$success
+<h2>Differences between arms</h2>
+$differences
+<h2>What the layers know</h2>
+$probes
+<h2>World model and actions</h2>
+$modes
+<h2>Does the cosine saturate?</h2>
+$cosine
+<h2>Imagined and real</h2>
+$examples
+<h2>What was not run, and why</h2>
+$missing
+<h2>Reproduce</h2>
+<pre>$command</pre>
+<details><summary>the plan</summary><pre>$plan</pre></details>
+</body>
+</html>
+""")
