@@ -2,7 +2,8 @@
 
 - One input and one output projection per kind of token. Given frames also enter through a small convolution over their
   pixels: a policy must place objects to about a pixel, finer than the latents' patches resolve. Other frames also get
-  the latents of the latest given one, place by place: most of a video stands still, and to copy need not be learned.
+  the latents of the latest given one, place by place: most of a video stands still, and to copy need not be learned;
+  and what was done until then, proprioception and given actions: where the arm goes hangs on all of them together.
 - Noise levels -> adaLN modulation, shared by all blocks, plus a learned offset per block (few parameters).
 - Rotary position from (time, row, column, kind), and the same coordinates added to the tokens as Fourier features.
 - Given tokens (the prefix) attend only to each other: their keys and values can be computed once and cached.
@@ -28,6 +29,7 @@ from selfflow_robot.tokens import BYTES_PER_TOKEN, GIVEN, KINDS, Span, Tokens
 BYTE_DIM = 32
 LEVEL_DIM = 128
 FREQUENCIES = 8  # per coordinate, in the added position
+ACTIONS = 8  # a usual horizon: a sum over actions is divided by it
 CHANGE = 0.3  # prior variance of a latent's change since the given frame; latents have variance 1
 
 
@@ -204,6 +206,8 @@ class Model(nn.Module):
         self.activation_checkpointing = False  # compute the inside of blocks again for the backward pass: less memory
         self.inputs = nn.ModuleDict({kind: nn.Linear(c, D) for kind, c in channels.items()})
         self.before = nn.Linear(channels["video"], D, bias=False)  # the latest given frame at the same place
+        self.acted = nn.Sequential(nn.Linear(channels["action"], D), nn.SiLU())
+        self.done = nn.Sequential(nn.Linear(D + channels["proprio"], D), nn.SiLU(), nn.Linear(D, D))
         self.bytes = nn.Embedding(256, BYTE_DIM)
         self.text = nn.Linear(BYTES_PER_TOKEN * BYTE_DIM, D)
         widths = [3, D // 8, D // 4, D // 2, D]
@@ -332,11 +336,23 @@ class Model(nn.Module):
                     x = x + self._see(tokens.frames)
                 elif span.kind == "video" and tokens.frames is not None:
                     x = x + repeated(self.before(latest(z, tokens)[..., : self.channels["video"]]), span)
+                    x = x + self._done(z, tokens, span)
             parts.append(x)
         x = torch.cat(parts, 1) + self.position(fourier(tokens.ids[start:stop]))
         t, who = one_level(t)
         level = self.level(embed_level(t, LEVEL_DIM))
         return x, (self.modulation(level).chunk(6, -1), who), level
+
+    def _done(self, z: Tensor, tokens: Tokens, span: Span) -> Tensor | float:
+        """For each frame token of `span`, what is given of the actions before it, and proprioception: (B, n, D)."""
+        actions, proprio = tokens.rows("action", GIVEN), tokens.rows("proprio", GIVEN)
+        if not actions.stop or not proprio.stop:
+            return 0.0
+        acted = self.acted(z[:, actions, : self.channels["action"]]) / ACTIONS  # (B, k, D)
+        until = F.pad(acted.cumsum(1), (0, 0, 1, 0))  # (B, k + 1, D): the first 0, 1, ... k of them
+        start = z[:, proprio, : self.channels["proprio"]].expand(-1, until.shape[1], -1).to(until.dtype)
+        steps = tokens.ids[span.start : span.stop, 0].long().clamp(0, acted.shape[1])
+        return self.done(torch.cat([until, start], -1))[:, steps]
 
     def _see(self, frames: Tensor) -> Tensor:  # (B, T, H, W, 3) -> (B, T h w, D)
         x = frames.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory

@@ -142,6 +142,10 @@ def _inputs(D: int, channels: dict[str, int], tokens: Tokens, given: bool) -> Ma
             leaf += n * channels[span.kind] * D if span.kind != "text" else 0
             if span.kind == "video" and not given and tokens.frames is not None:
                 leaf += tokens.places * channels["video"] * D  # the latest given frame
+                actions = tokens.rows("action", GIVEN)
+                if (k := actions.stop - actions.start) and tokens.rows("proprio", GIVEN).stop:
+                    leaf += k * channels["action"] * D
+                    inner += (k + 1) * D * (2 * D + channels["proprio"])
     if given and tokens.frames is not None:
         T, height, width = tokens.frames.shape[1:4]
         widths = (3, D // 8, D // 4, D // 2, D)

@@ -156,10 +156,25 @@ def test_attention_for_training_equals_torchs():
     torch.testing.assert_close(attend(q.requires_grad_(), k, v), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_frame_is_told_what_was_done_until_then():
+    """Frames 2 and 4 steps ahead, three actions: the third is news for the later frame alone."""
+    tokens, z, _ = noised("world_model")
+    model, span = make_model(PACKER), tokens.spans[-1]
+    assert (span.kind, span.role) == ("video", GENERATED)
+    changed, rows = z.clone(), tokens.rows("action", GIVEN)
+    changed[:, rows.stop - 1] += 1
+    before, after = (model._done(x, tokens, span) for x in (z, changed))
+    assert torch.equal(before[:, : tokens.places], after[:, : tokens.places])
+    assert not torch.isclose(before[:, tokens.places :], after[:, tokens.places :]).all()
+    for mode in ("pretrain", "video_prediction"):  # nothing was done, or nobody says what
+        tokens, z, _ = noised(mode)
+        assert model._done(z, tokens, tokens.spans[-1]) == 0.0
+
+
 def test_every_parameter_learns():
     """In some mode, after the zero initialisation is left."""
     model = make_model(PACKER)
-    for mode in ("joint_plan", "inverse_dynamics"):
+    for mode in ("joint_plan", "inverse_dynamics", "world_model"):
         tokens, z, t = noised(mode)
         velocity, features = model(z, t, tokens, feature_layer=2)
         (
