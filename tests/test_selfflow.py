@@ -170,7 +170,7 @@ def test_few_levels_are_handed_out_exactly():
     for same in (torch.full_like(per_token(levels), 0.3), Levels(torch.full((2, 3), 0.3), one)):
         assert torch.equal(model(z, same, tokens)[0], scalar)
     handed_out = model(z, Levels(torch.full((2, 3), 0.3), random), tokens)[0]
-    torch.testing.assert_close(handed_out, scalar, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(handed_out, scalar, atol=1e-5, rtol=1e-5)
 
 
 def test_groups_apart_do_not_see_each_other():
