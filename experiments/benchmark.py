@@ -372,7 +372,7 @@ def benchmark_policy(
         return take
 
     variants = {"chunk": variant(), "every token in every step": variant(cached=False)}
-    variants |= {f"{n} steps": variant(steps=n) for n in (1, 2, 4, 10) if n != steps}
+    variants |= {f"{n} steps": variant(steps=n) for n in (1, 2, 4, 8, 10) if n != steps}
     variants |= {f"imagination {share}": variant(imagination=share) for share in (0.5, 1.0)}
     variants["frames too, in every step"] = variant(imagination=1.0, cached=False)
     samples = interleaved(variants, rounds, device, time.perf_counter)
@@ -481,12 +481,12 @@ def main():
     parser.add_argument("--model", default="small", help="preset (train, policy)")
     parser.add_argument("--batch_size", type=int, default=4, help="windows per step (train)")
     parser.add_argument("--rounds", type=int, default=15, help="of all variants in turn (train, policy)")
-    parser.add_argument("--threads", type=int, default=0, help="of torch (train, policy); 0: torch's choice")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: torch's choice (train), one (policy)")
     parser.add_argument(
         "--device", default=None, choices=["cpu", "cuda"], help="default: cuda where there is one (train, policy)"
     )
     parser.add_argument("--checkpoint", help="a run instead of an untrained preset (policy)")
-    parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (policy)")
+    parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (policy)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile: minutes first (policy)")
     parser.add_argument("--reference", type=Path, help="checkout of the published Self-Flow (train)")
     parser.add_argument("--data", type=Path, help="a data set, to time the loader too (train)")
@@ -495,8 +495,9 @@ def main():
     if arguments.what in ("train", "policy"):
         import torch
 
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
+        threads = arguments.threads or (1 if arguments.what == "policy" else 0)  # one observation is little work
+        if threads:
+            torch.set_num_threads(threads)
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         a = arguments
         if arguments.what == "train":

@@ -225,7 +225,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=30.0, help="at most (default %(default)g)")
     parser.add_argument("--execute", type=int, default=4, help="actions of a chunk before the next inference starts")
     parser.add_argument("--delay", type=int, help="control steps an inference takes (default: measured)")
-    parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (default %(default)s)")
+    parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (default %(default)s)")
     parser.add_argument("--on_fault", choices=tuple(ON_FAULT), default="hold", help="default %(default)s")
     parser.add_argument("--patience", type=float, default=2.0, help="s of faults before the run is stopped")
     parser.add_argument("--margin", type=float, default=MARGIN, help="on the speeds of the training data")

@@ -279,7 +279,7 @@ def main():
     parser.add_argument("--execute", type=int, default=4, help="actions before the next inference (default 4)")
     parser.add_argument("--delay", type=int, default=2, help="smoothness, success: control steps an inference takes "
                         "(default 2); jitter measures its own")  # fmt: skip
-    parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (default %(default)s)")
+    parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (default %(default)s)")
     parser.add_argument("--task", default="open_and_place", help="success: SIMPLER's (default %(default)s)")
     parser.add_argument("--first_seed", type=int, default=10000, help="success: seeds from here on")
     parser.add_argument("--out", type=Path, default=Path("runs/realtime"), help="pictures (default %(default)s)")

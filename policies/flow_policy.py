@@ -36,7 +36,7 @@ class FlowPolicy:
         self,
         model: Model,
         packer: Packer,
-        steps: int = 8,
+        steps: int = 4,
         imagination: float = 0.0,
         cached: bool = True,
         compiled: bool = False,

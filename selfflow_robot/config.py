@@ -177,7 +177,7 @@ class EvalConfig:
     workers: int = key(2, "scenes in parallel, one process each")
     name: str | None = key(None, "run folder runs/<name>; default from policy and task")
     execute: int = key(2, "actions carried out before predicting again")
-    sample_steps: int = key(8, "of the flow sampler")
+    sample_steps: int = key(4, "of the flow sampler")
     imagination: float = key(0.0, "from 0, actions alone, to 1: the future frames in full along with them")
     samples: int = key(
         1, "chunks drawn per plan; of several the one whose imagined future is best (experiments/judge.py)"
@@ -228,7 +228,7 @@ class ServeConfig:
     message_mb: int = key(16, "largest request, MiB")
     plan_timeout: float = key(30.0, "seconds from a request to its plan, then an error")
     idle_timeout: float = key(1800.0, "seconds without a request, then goodbye")
-    sample_steps: int = key(8, "of the flow sampler")
+    sample_steps: int = key(4, "of the flow sampler")
     imagination: float = key(0.0, "from 0, actions alone, to 1: the future frames too, and in every answer")
     compile: bool = key(False, "through torch.compile: a minute at the start, then faster")
     cert: str | None = key(None, "TLS certificate (PEM): serve wss:// instead of ws://")

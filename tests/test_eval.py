@@ -119,7 +119,7 @@ def save_checkpoint(run: str, value: float, kind="finetune"):
 def test_a_checkpoint_is_known_by_its_content(folder, inline):
     save_checkpoint("a", 1.0)
     newest = evaluate(config(policy="checkpoint", episodes=1), start)
-    assert newest["checkpoint"] == "runs/a" and newest["policy_settings"] == {"execute": 2, "sample_steps": 8}
+    assert newest["checkpoint"] == "runs/a" and newest["policy_settings"] == {"execute": 2, "sample_steps": 4}
     save_checkpoint("b", 1.0)  # the same tensors elsewhere are the same policy
     evaluate(config(policy="checkpoint", checkpoint="b", episodes=1), start)
     assert tried(folder) == [10]
