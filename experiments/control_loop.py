@@ -225,6 +225,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=30.0, help="at most (default %(default)g)")
     parser.add_argument("--execute", type=int, default=4, help="actions of a chunk before the next inference starts")
     parser.add_argument("--delay", type=int, help="control steps an inference takes (default: measured)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch: on a CPU more are slower (default 1)")
     parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (default %(default)s)")
     parser.add_argument("--on_fault", choices=tuple(ON_FAULT), default="hold", help="default %(default)s")
     parser.add_argument("--patience", type=float, default=2.0, help="s of faults before the run is stopped")
@@ -245,8 +246,11 @@ def main():
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 0, or 1 where faults stopped the run. Raises ValueError where something does not fit."""
+    import torch
+
     from policies.flow_policy import FlowPolicy
 
+    torch.set_num_threads(arguments.threads)
     path = checkpoint.chosen(arguments.checkpoint)
     planner = FlowPolicy.load(path, steps=arguments.sample_steps)
     layout, rate = planner.layout, arguments.rate or planner.layout.fps

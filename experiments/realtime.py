@@ -279,6 +279,7 @@ def main():
     parser.add_argument("--execute", type=int, default=4, help="actions before the next inference (default 4)")
     parser.add_argument("--delay", type=int, default=2, help="smoothness, success: control steps an inference takes "
                         "(default 2); jitter measures its own")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="of torch: on a CPU more are slower (default 1)")
     parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (default %(default)s)")
     parser.add_argument("--task", default="open_and_place", help="success: SIMPLER's (default %(default)s)")
     parser.add_argument("--first_seed", type=int, default=10000, help="success: seeds from here on")
@@ -293,8 +294,11 @@ def main():
 
 
 def run(arguments: argparse.Namespace) -> dict:
+    import torch
+
     from policies.flow_policy import FlowPolicy
 
+    torch.set_num_threads(arguments.threads)
     path = checkpoint.chosen(arguments.checkpoint)
     planner = FlowPolicy.load(path, steps=arguments.sample_steps)
     execute, delay = arguments.execute, arguments.delay

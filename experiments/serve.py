@@ -25,6 +25,8 @@ def serve(cfg: ServeConfig) -> None:
     if cfg.key and not cfg.cert:
         raise ValueError("--key is the private key of --cert: give both")
 
+    import torch
+
     from policies.flow_policy import FlowPolicy
     from policies.server import Limits, PolicyServer, describe, tls_context
     from selfflow_robot import checkpoint
@@ -39,6 +41,7 @@ def serve(cfg: ServeConfig) -> None:
         idle=cfg.idle_timeout,
     )
     tls = tls_context(cfg.cert, cfg.key) if cfg.cert else None
+    torch.set_num_threads(cfg.threads)
     path = checkpoint.chosen(cfg.checkpoint)
     policy = FlowPolicy.load(path, steps=cfg.sample_steps, imagination=cfg.imagination, compiled=cfg.compile)
     warm_up(policy)

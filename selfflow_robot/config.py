@@ -231,6 +231,7 @@ class ServeConfig:
     sample_steps: int = key(4, "of the flow sampler")
     imagination: float = key(0.0, "from 0, actions alone, to 1: the future frames too, and in every answer")
     compile: bool = key(False, "through torch.compile: a minute at the start, then faster")
+    threads: int = key(1, "of torch: on a CPU more are slower for a single robot")
     cert: str | None = key(None, "TLS certificate (PEM): serve wss:// instead of ws://")
     key: str | None = key(None, "its private key, where the certificate's file has none")  # last: it hides `key`
 

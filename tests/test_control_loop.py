@@ -247,7 +247,7 @@ def test_a_robot_of_another_rate_does_not_start(data, checkpoint_folder, monkeyp
     monkeypatch.setattr(ReplayedRobot, "rate", 15.0)
     arguments = SimpleNamespace(
         checkpoint=checkpoint_folder, sample_steps=2, rate=15.0, workspace=None, margin=1.25, robot="replay",
-        data=data, episode=0,
+        data=data, episode=0, threads=1,
     )  # fmt: skip
     with pytest.raises(ValueError, match="would move 5 times as fast"):
         control_loop.run(arguments)
