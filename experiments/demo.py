@@ -83,7 +83,7 @@ def pipeline() -> list[Stage]:
         Stage(
             "Predict video of held-out episodes",
             [
-                f"imagine.py --checkpoint runs/{policy} --data {DATA} --out {video}"
+                f"imagine.py --checkpoint runs/{policy} --data {DATA} --out {video} --windows 32"
                 for policy, video in zip(policies, videos)
             ],
             videos,
