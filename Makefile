@@ -27,7 +27,7 @@ setup:  ## virtual environment, pinned packages, Vulkan driver and assets; does 
 demo: setup  ## the whole pipeline, small: demonstrations, two pretrainings, two policies, report (20 minutes)
 	@$(PYTHON) experiments/demo.py
 
-test: setup  ## all tests (at most 8 minutes on two cores)
+test: setup  ## all tests (about 10 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) -rs --durations=10
 
 lint: setup  ## style and formatting
