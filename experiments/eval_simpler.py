@@ -139,7 +139,7 @@ def identify(cfg: EvalConfig) -> dict:
         )
     return {
         "policy": "checkpoint",
-        "checkpoint": str(folder.parent if folder.name == "checkpoint" else folder),
+        "checkpoint": str(checkpoint.run_folder(path)),
         "checkpoint_hash": manifest["sha256"],
         "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps} | changed_settings(cfg),
     }

@@ -38,8 +38,7 @@ def make(run: str | Path, data: str | Path, frames: int, imagined: int, steps: i
         "sample_steps": steps,
         "errors": {kind: judging.errors(judge, seen) for kind, seen in held_out.items()},
     }
-    folder = checkpoint.find(run)
-    judging.save(judge, folder.parent if folder.name == "checkpoint" else folder, about)
+    judging.save(judge, checkpoint.run_folder(run), about)
     return about
 
 

@@ -59,16 +59,14 @@ def imagine_episode(env: WorldModelEnv, policy: ChunkedPolicy, seed: int, start)
     return {goal: bool(info[goal]) for goal in GOALS if goal in info}, np.array(frames)
 
 
-def imagine_all(arguments, run: str, folder: Path, starts: list, later: dict, limit: int) -> dict[int, dict]:
+def imagine_all(arguments, env: WorldModelEnv, planner: FlowPolicy, run: str, starts: list) -> dict[int, dict]:
     """Outcomes of a policy inside the world model by seed; those of earlier calls are read."""
+    folder = Path("runs") / arguments.name
     path = folder / f"imagined_{Path(run).name}.json"
-    identity = {"world": checkpoint.load_model(arguments.world)[2]["sha256"], "sample_steps": arguments.sample_steps}
-    identity["policy"] = checkpoint.load_model(run)[2]["sha256"]
+    identity = {"world": env.policy.manifest["sha256"], "policy": planner.manifest["sha256"]}
+    identity |= {"sample_steps": arguments.sample_steps, "limit": env.max_steps}
     found = json.loads(path.read_text()) if path.exists() else {}
     outcomes = {int(k): v for k, v in found.get("outcomes", {}).items()} if found.get("identity") == identity else {}
-    world = FlowPolicy.load(arguments.world, steps=arguments.sample_steps)
-    env = WorldModelEnv(world, judging.load(arguments.world, world), max_steps=limit, instructions=later)
-    planner = FlowPolicy.load(run, steps=arguments.sample_steps)
     policy = ChunkedPolicy(planner, execute=planner.layout.horizon)
     with progress(f"imagined, {Path(run).name}", len(starts)) as update:
         for number, start in enumerate(starts):
@@ -83,9 +81,9 @@ def imagine_all(arguments, run: str, folder: Path, starts: list, later: dict, li
     return outcomes
 
 
-def simulate(arguments, run: str, episodes: int) -> dict:
+def simulate(arguments, run: str, horizon: int, episodes: int) -> dict:
     """Results of a policy in the simulator; finished episodes of earlier calls are kept."""
-    name, horizon = f"{arguments.name}/simulated_{Path(run).name}", checkpoint.load_model(run)[1].layout.horizon
+    name = f"{arguments.name}/simulated_{Path(run).name}"
     settings = dict(
         task=arguments.task, checkpoint=run, episodes=episodes, first_seed=arguments.first_seed, execute=horizon,
         sample_steps=arguments.sample_steps, workers=arguments.workers, video="false", name=name,
@@ -124,12 +122,15 @@ def rank(arguments) -> dict:
     limit = min(arguments.limit or task.max_steps, task.max_steps)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.starts)
     starts, later = first_frames(arguments.task, seeds)
+    world = FlowPolicy.load(arguments.world, steps=arguments.sample_steps)
+    env = WorldModelEnv(world, judging.load(arguments.world, world), max_steps=limit, instructions=later)
     outcomes = {"simulator": [], "world_model": []}
     for run in arguments.policies:
-        simulated = simulate(arguments, run, len(seeds))
+        planner = FlowPolicy.load(run, steps=arguments.sample_steps)
+        simulated = simulate(arguments, run, planner.layout.horizon, len(seeds))
         by_seed = {e["seed"]: {"success": e["success_final"], **e["subgoals"]} for e in simulated["episodes"]}
         outcomes["simulator"].append(by_seed)
-        outcomes["world_model"].append(imagine_all(arguments, run, folder, starts, later, limit))
+        outcomes["world_model"].append(imagine_all(arguments, env, planner, run, starts))
     judged = GOALS if limit == task.max_steps else GOALS[1:]  # success is that of the last step, which is not reached
     goals = [g for g in judged if all(g in o for side in outcomes.values() for run in side for o in run.values())]
     usable = [seed for seed in seeds if all(seed in run for run in outcomes["simulator"])]  # not crashed

@@ -196,8 +196,7 @@ def save(judge: Judge, folder: Path, about: dict) -> Path:
 def load(run: str | Path, policy: FlowPolicy) -> Judge:
     """The judge of a run. Raises ValueError with the command that makes one, where there is none or it judges another
     checkpoint."""
-    folder = checkpoint.find(run)
-    folder = folder.parent if folder.name == "checkpoint" else folder
+    folder = checkpoint.run_folder(run)
     remedy = f"Make it: python experiments/judge.py --checkpoint {run}"
     try:
         manifest = json.loads((folder / "judge.json").read_text())

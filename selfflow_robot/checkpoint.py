@@ -243,6 +243,12 @@ def find(path: str | Path, runs: str | Path = "runs") -> Path:
     raise CheckpointError(f"no checkpoint at {path} nor in {Path(runs) / path}. Runs there: {_names(runs)}")
 
 
+def run_folder(path: str | Path) -> Path:
+    """The run folder of what `find` finds; of an exported checkpoint, its own."""
+    folder = find(path)
+    return folder.parent if folder.name == "checkpoint" else folder
+
+
 def candidates(path: str | Path, runs: str | Path = "runs") -> list[Path]:
     """Where `find` looks, in this order."""
     places = (Path(path), Path(runs) / path)
