@@ -1,13 +1,15 @@
 """Write a run as a folder in Hugging Face's layout: config.json, model.safetensors, README.md (the model card).
 
     python experiments/export.py --checkpoint finetune_self_flow --out exported/policy
+    python experiments/export.py --checkpoint exported/policy --out exported/policy --results runs/eval_policy
     hf upload my_name/my_policy exported/policy
 
 `checkpoint.load_model`, `policies.load_policy` and --checkpoint of every script take such a folder like a run. It has
 the averaged weights (or --weights model: the ones in training) and no optimiser, so training cannot continue from it;
-fine-tuning can start from it (--pretrained exported/backbone).
+fine-tuning can start from it (--pretrained exported/backbone). Evaluations given as --results are in its card.
 """
 
+import json
 from pathlib import Path
 
 from selfflow_robot.config import ExportConfig, run
@@ -18,7 +20,8 @@ def export(cfg: ExportConfig) -> Path:
     from selfflow_robot import checkpoint
 
     source = checkpoint.chosen(cfg.checkpoint)
-    folder = checkpoint.export(source, cfg.out or Path("exported") / Path(source).name, cfg.weights)
+    results = [json.loads((Path(run) / "results.json").read_text()) for run in cfg.results]
+    folder = checkpoint.export(source, cfg.out or Path("exported") / Path(source).name, cfg.weights, results)
     size = (folder / checkpoint.EXPORTED).stat().st_size / 1e6
     print(f"{folder}: {cfg.weights} weights of {source}, {size:.0f} MB")
     return folder

@@ -3,6 +3,7 @@
     python experiments/finetune.py                            from the newest Self-Flow pretraining
     python experiments/finetune.py --method flow_matching     from the newest baseline
     python experiments/finetune.py --pretrained none          from scratch
+    python experiments/finetune.py --pretrained runs/first --data data/more --name second    a policy, on other data
 
 Adds proprioception, text and actions; every batch draws one of the role assignments (`modes`), the corners that the
 checkpoint will be asked for. `--corners false` is the paper's recipe instead: frames and actions generated together,
@@ -38,16 +39,22 @@ def finetune(cfg: FinetuneConfig) -> Path:
     windows = data.windows(dataset, layout.past, layout.future, layout.horizon)
 
     backbone, backbone_hash = choose_backbone(cfg, folder)
+    manifest: dict = {}
     if backbone is None:
         packer = Packer(layout, latents.open_codec("dct", windows))
         model = Model(preset(cfg.model), packer.channels, packer.codec.config.patch)
     else:
-        model, pretrained, _ = backbone
+        model, pretrained, manifest = backbone
         if replace(model.config, feature_width=0) != preset(cfg.model):
             raise ValueError(f"{cfg.pretrained or 'the newest pretraining'} is not of preset {cfg.model}: give --model")
-        packer = Packer(layout, pretrained.codec)
         model.train().requires_grad_(True)
-    packer.fit_statistics(dataset.stats)
+        packer = Packer(layout, pretrained.codec)
+    if manifest.get("kind") == "finetune":
+        if pretrained.layout != layout:
+            raise ValueError(f"{cfg.pretrained} was trained on windows of {pretrained.layout}, not {layout}")
+        packer = pretrained  # its scales: the policy's numbers keep their meaning
+    else:
+        packer.fit_statistics(dataset.stats)
     model, packer = model.to(device), packer.to(device)
     chances = cfg.modes if cfg.corners else {"joint_plan": 1.0}
     objective = train.objective(
@@ -134,8 +141,6 @@ def choose_backbone(cfg: FinetuneConfig, folder: Path):
         return None, "none"
     print(f"Starting from the backbone {found}", flush=True)
     loaded = checkpoint.load_model(found)
-    if loaded[2]["kind"] != "pretrain":
-        raise ValueError(f"{found} is a {loaded[2]['kind']} run; --pretrained needs one of experiments/pretrain.py")
     return loaded, loaded[2]["sha256"]
 
 

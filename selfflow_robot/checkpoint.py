@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,7 @@ from selfflow_robot.tokens import ACTION_CONTRACT, Layout, Packer
 FORMAT = 1
 KEEP = 2
 EXPORTED = "model.safetensors"
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "google_robot"  # in a checkout, ready to act
 
 
 class CheckpointError(ValueError):
@@ -267,8 +268,9 @@ def newest_run(kind: str, method: str | None = None, runs: str | Path = "runs") 
 
 
 def chosen(path: str | Path | None) -> str | Path:
-    """The run that was named, or the newest fine-tuned one. Raises ValueError naming the command that makes one."""
-    found = path or newest_run("finetune")
+    """The run that was named, or the newest fine-tuned one, or the one that came with the repository. Raises ValueError
+    naming the command that makes one."""
+    found = path or newest_run("finetune") or (SHIPPED if saved(SHIPPED) else None)
     if found is None:
         raise ValueError("no fine-tuned run in runs/. Make one with: python experiments/finetune.py")
     return found
@@ -289,11 +291,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise _refused(path, error) from error
 
 
-def export(path: str | Path, folder: str | Path, weights: str = "ema") -> Path:
+def export(path: str | Path, folder: str | Path, weights: str = "ema", results: Sequence[dict] = ()) -> Path:
     """A run (name or folder) as a folder in Hugging Face's layout, with the evaluation weights or, "model", the ones in
-    training; without the optimiser. `load_model` and `policies.load_policy` take it like a run.
+    training; without the optimiser. `load_model` and `policies.load_policy` take it like a run. results: contents of
+    `results.json` of evaluations, of the run or of its export, for the card.
 
-    Raises CheckpointError when the run cannot be read or the folder not written.
+    Raises CheckpointError when the run cannot be read or the folder not written, or results are another checkpoint's.
     """
     folder, found = Path(folder), find(path)
     tensors, manifest = load(found)
@@ -305,10 +308,22 @@ def export(path: str | Path, folder: str | Path, weights: str = "ema") -> Path:
     if not kept:
         raise CheckpointError(f"{found} has no weights {weights!r}: choose ema or model")
     kept |= {name: t for name, t in tensors.items() if name.startswith("packer.")}
-    manifest = manifest | {"weights": weights, "sha256": write_tensors(folder / EXPORTED, kept)}
+    exported = write_tensors(folder / EXPORTED, kept)
+    for result in results:
+        if result["checkpoint_hash"] not in (manifest["sha256"], exported):
+            raise CheckpointError(f"the results of {result['task']} are those of another checkpoint than {found}")
+    measured = [_measured(result) for result in results] or manifest.get("results", [])
+    manifest = manifest | {"weights": weights, "sha256": exported, "results": measured}
     write_atomic(folder / "README.md", card(manifest).encode())
     write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
     return folder
+
+
+def _measured(result: dict) -> dict:
+    """What a card says of an evaluation."""
+    names = ("task", "success_rule", "protocol_hash", "command")
+    protocol = {name: result["protocol"][name] for name in ("protocol", "seeds")}
+    return {name: result[name] for name in names} | protocol | {"summary": result["summary"]}
 
 
 def card(manifest: dict) -> str:
@@ -341,12 +356,43 @@ Every token has its own noise level; one network is policy, world model, inverse
 ```
 
 Actions: {actions}; {about["action"].get("units", "")}.
-
+{_results_table(manifest.get("results", []))}
 | | |
 |---|---|
 {table}
 
 Tensors are float32 safetensors; `packer.*` are the codec's and the normalisation's statistics. Nothing is unpickled.
+"""
+
+
+def _results_table(results: list[dict]) -> str:
+    if not results:
+        return ""
+    rows = []
+    for result in results:
+        for name, row in result["summary"].items():
+            seeds = f"{result['protocol']}, {result['seeds']['first']} and on"
+            rate = f"{row['k']}/{row['n']} = {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+            rows.append(
+                f"| {result['task']} | {name.replace('_', ' ')} | {rate} | {seeds} | {result['protocol_hash']} |"
+            )
+    rules = "\n".join(dict.fromkeys(f"- {result['task']}: {result['success_rule']}" for result in results))
+    commands = "\n".join(dict.fromkeys(result["command"] for result in results))
+    table = "\n".join(rows)
+    return f"""
+## Measured in SIMPLER
+
+It learned from demonstrations in this simulator; published policies learned from data of real robots.
+
+| task | what | rate, 95% Wilson interval | seeds | protocol |
+|---|---|---|---|---|
+{table}
+
+{rules}
+
+```
+{commands}
+```
 """
 
 

@@ -38,6 +38,7 @@ class TrainingConfig:
     model: str = key("tiny", "preset: tiny (4.5 M parameters), small (21 M), base, large, 625m, 1b or 4b")
     batch_size: int = key(32, "windows per step")
     seed: int = key(0, "of everything random")
+    optimizer: str = key("adamw", "adamw, or muon for the blocks' matrices: fewer steps to the same loss")
     weight_decay: float = key(0.01, "of matrices")
     warmup: int = key(100, "steps of linear warm-up")
     cooldown: float = key(0.3, "last share of the steps, learning rate linearly to zero")
@@ -213,6 +214,7 @@ class ExportConfig:
     checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
     out: str | None = key(None, "folder to write; default exported/<run>")
     weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
+    results: list[str] = key([], "evaluations of it (folders of eval_simpler.py) for the card")
 
 
 @dataclass

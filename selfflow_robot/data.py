@@ -112,6 +112,32 @@ def committed_seeds(root: str | Path) -> set[int]:
     return seeds
 
 
+def merge(roots: Sequence[str | Path], root: str | Path) -> dict:
+    """The episodes of several data sets in one new one, `root`; returns its info. Merging again adds what is new.
+
+    Episodes keep their seeds, on which the split depends. Raises DatasetError where two have the same.
+    """
+    owner: dict[int, Path] = {}
+    for source in map(Path, roots):
+        if not (seeds := committed_seeds(source)):
+            raise DatasetError(f"{source}: no committed episode. Collect some: {COLLECT}")
+        if twice := sorted(seed for seed in seeds if seed in owner):
+            raise DatasetError(
+                f"{source} and {owner[twice[0]]} both have an episode of seed {twice[0]}. Collect one of them with "
+                "another --first_seed."
+            )
+        owner |= dict.fromkeys(seeds, source)
+    if strangers := sorted(committed_seeds(root) - owner.keys()):
+        raise DatasetError(f"{root} holds other episodes already (seed {strangers[0]}). Choose another --name.")
+    for seed, source in owner.items():
+        data_file, video_file = _episode_files(source, seed)
+        new_data, new_video = _episode_files(root, seed)
+        if not (new_data.exists() and new_video.exists()):  # the video first, as in `write_episode`
+            _write_atomic(new_video, video_file.read_bytes())
+            _write_atomic(new_data, data_file.read_bytes())
+    return finalize(root)
+
+
 def finalize(root: str | Path) -> dict:
     """(Re)write `meta/` and the global columns from the committed episodes, in the order of their seeds; returns info.
 

@@ -103,6 +103,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, seen)
 
 
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], seen: Tensor | None = None) -> Tensor:
+    """`attend` to the past (B, H, P, E), of which every row serves R / B rows of q, k, v (R, H, M, E) that follow one
+    another, and then to their own: it is neither repeated nor joined to theirs. seen (R, 1, M, P + M)."""
+    draws, M, P = len(q) // len(past[0]), q.shape[2], past[0].shape[2]
+
+    def gather(a):  # (R, H, M, .) -> (B, H, draws M, .)
+        return a.unflatten(0, (-1, draws)).transpose(1, 2).flatten(2, 3)
+
+    def scatter(a):  # and back
+        return a.unflatten(2, (draws, M)).transpose(1, 2).flatten(0, 1)
+
+    q = q * q.shape[-1] ** -0.5
+    scores = torch.cat([scatter(gather(q) @ past[0].transpose(-1, -2)), q @ k.transpose(-1, -2)], -1)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    weight = scores.softmax(-1).to(v.dtype)
+    return scatter(gather(weight[..., :P]) @ past[1]) + weight[..., P:] @ v
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(shift.dtype), scale)
 
@@ -171,8 +190,13 @@ class Block(nn.Module):
         everything sees, seen: as in `attend` -> x, and its own keys and values (B, H, n, E)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
         q, k, v = self.project(modulate(x, shift1, scale1), rotary)  # (B, H, n, E)
-        everything = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
-        x = x + gate1 * self.out(attend(q, *everything, seen).transpose(1, 2).flatten(2))
+        if past is None:
+            found = attend(q, k, v, seen)
+        elif len(past[0]) == len(q):
+            found = attend(q, torch.cat([past[0], k], 2), torch.cat([past[1], v], 2), seen)
+        else:
+            found = attend_shared(q, k, v, past, seen)
+        x = x + gate1 * self.out(found.transpose(1, 2).flatten(2))
         gate, hidden = self.up(modulate(x, shift2, scale2)).chunk(2, -1)
         return x + gate2 * self.down(F.silu(gate) * hidden), (k, v)
 
@@ -267,7 +291,7 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
         """z (B, N, C) noised, t (B, N) or (B, 1) -> velocity (B, N, C), zero on given tokens, and features (B, M, D) of
         the tokens that are not given after block `feature_layer` (1 is the first; 0: none; of several layers a list).
-        With `cache` the prefix is not computed again. apart bool (B, N): tokens where it is true and tokens where it is
+        With `cache` the prefix is not computed again; its rows may be fewer, each for as many of z. apart bool (B, N): tokens where it is true and tokens where it is
         not see only their own kind, and the prefix."""
         P, N, features = tokens.prefix, z.shape[1], {}
         wanted = feature_layer if isinstance(feature_layer, tuple) else (feature_layer,)

@@ -196,8 +196,7 @@ def loss(
     rows = tokens.repeat(config.draws)
 
     def shared(model, z, tau, layers=None):  # the prefix once per window, for all its draws
-        cache = model.prefix_cache(z[:: config.draws], tau[:: config.draws], tokens, layers)
-        return [kv and tuple(a.repeat_interleave(config.draws, 0) for a in kv) for kv in cache]
+        return model.prefix_cache(z[:: config.draws], tau[:: config.draws], tokens, layers)
 
     student_layer, teacher_layer = config.layers(student.config.depth)
     tau = student_levels(d, tokens, config)

@@ -46,10 +46,13 @@ class TrainConfig:
     seed: int = 0
     micro_batch: int = 0  # windows per forward pass of a process; 0: all of its part
     nonfinite: str = "stop"  # or "skip" the step; either way its batch is kept for inspection
+    optimizer: str = "adamw"  # or "muon" for the blocks' matrices, AdamW for the rest
 
     def __post_init__(self):
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f"nonfinite {self.nonfinite!r}: choose stop or skip")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer {self.optimizer!r}: choose adamw or muon")
 
 
 @dataclass
@@ -58,7 +61,7 @@ class State:
 
     model: Model
     teacher: Model  # the EMA: teacher during training, evaluation weights afterwards
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]  # of disjoint weights
     loss: torch.nn.Module  # of `model`, in all processes (`Processes.wrap`)
     processes: Processes = ALONE
     step: int = 0  # updates done, or skipped
@@ -85,6 +88,7 @@ def schedule(cfg: TrainingConfig) -> TrainConfig:
     return TrainConfig(
         steps=cfg.steps, lr=cfg.lr, weight_decay=cfg.weight_decay, warmup=cfg.warmup, cooldown=cfg.cooldown,
         ema=cfg.ema, seed=cfg.seed, micro_batch=cfg.micro_batch, nonfinite=cfg.nonfinite,
+        optimizer=cfg.optimizer,
     )  # fmt: skip
 
 
@@ -112,11 +116,27 @@ def identity(cfg: TrainingConfig, dataset: Dataset) -> dict:
 def new_state(model: Model, config: TrainConfig, processes: Processes = ALONE) -> State:
     teacher = deepcopy(model).eval().requires_grad_(False)
     loss = processes.wrap(model, teacher)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
-    return State(model, teacher, optimizer, loss, processes)
+    return State(model, teacher, make_optimizers(model, config, processes), loss, processes)
+
+
+def make_optimizers(model: Model, config: TrainConfig, processes: Processes) -> tuple[torch.optim.Optimizer, ...]:
+    """Weight decay is of matrices alone. Muon orthogonalises the blocks' matrices' steps and scales them to AdamW's
+    size, so that one learning rate serves both."""
+    turned = []
+    if config.optimizer == "muon":
+        if processes.count > 1 and processes.sharding == "fsdp":
+            raise ValueError("optimizer muon needs whole matrices, which fsdp spreads: use ddp, or adamw")
+        turned = [module.weight for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in turned)]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+    if not turned:
+        return (adamw,)
+    decay = config.weight_decay
+    return torch.optim.Muon(turned, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw
 
 
 def begin(cfg: TrainingConfig, model: Model, processes: Processes) -> State:
@@ -161,11 +181,12 @@ def train(
             if config.nonfinite == "stop":
                 raise FloatingPointError(f"{_what(metrics)} at step {state.step}: lower the learning rate")
             state.skipped += 1
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, config)
-        if finite:
-            state.optimizer.step()
-        state.optimizer.zero_grad()
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, config)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
         watch.lap("optimizer")
         state.step += 1
         if finite:
@@ -242,8 +263,9 @@ def tensors(state: State, packer: Packer) -> dict[str, Tensor]:
     collected = checkpoint.collect("model", state.model) | checkpoint.collect("ema", state.teacher)
     collected |= checkpoint.collect("packer", packer)
     for name, parameter in state.model.named_parameters():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            collected[f"optimizer.{key}.{name}"] = value
+        for optimizer in state.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                collected[f"optimizer.{key}.{name}"] = value
     whole = {name: state.processes.whole(value) for name, value in collected.items()}
     return whole if state.processes.main else {}
 
@@ -253,11 +275,15 @@ def restore(state: State, packer: Packer, tensors: dict[str, Tensor], step: int,
     checkpoint.restore(state.model, tensors, "model", where)
     checkpoint.restore(state.teacher, tensors, "ema", where)
     checkpoint.restore(packer, tensors, "packer", where)
+    owner = {
+        p: optimizer for optimizer in state.optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     for name, parameter in state.model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
             if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
                 whole = value.to(parameter.device, copy=True)
-                state.optimizer.state[parameter][key] = whole if key == "step" else scatter(value, parameter.detach())
+                kept = whole if key == "step" else scatter(value, parameter.detach())
+                owner[parameter].state[parameter][key] = kept
     state.step = step
 
 

@@ -182,6 +182,40 @@ def test_exported_folders_load_like_runs(tmp_path):
         checkpoint.load_model(tmp_path / "ema")
 
 
+def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
+    trained(tmp_path / "run" / "checkpoint")
+    result = {
+        "task": "open_and_place",
+        "checkpoint_hash": checkpoint.load(tmp_path / "run" / "checkpoint")[1]["sha256"],
+        "success_rule": "apple in the drawer",
+        "protocol_hash": "abc123",
+        "command": "python experiments/eval_simpler.py --task open_and_place",
+        "protocol": {"protocol": "random", "seeds": {"first": 10000, "count": 100}},
+        "summary": {"success_final": {"k": 80, "n": 100, "rate": 0.8, "low": 0.71, "high": 0.87}},
+    }
+    folder = checkpoint.export(tmp_path / "run", tmp_path / "exported", results=[result])
+    card = (folder / "README.md").read_text()
+    assert "| open_and_place | success final | 80/100 = 80% [71%, 87%] | random, 10000 and on | abc123 |" in card
+    assert result["command"] in card and result["success_rule"] in card
+    again = checkpoint.export(folder, folder)  # over itself, as with results of the export
+    assert (again / "README.md").read_text() == card
+    with pytest.raises(CheckpointError, match="open_and_place are those of another checkpoint"):
+        checkpoint.export(tmp_path / "run", tmp_path / "x", results=[result | {"checkpoint_hash": "f00"}])
+
+
+def test_what_came_with_the_repository_is_the_last_choice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path / "elsewhere" / "checkpoint")
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped")
+    with pytest.raises(ValueError, match=r"no fine-tuned run in runs/. Make one"):
+        checkpoint.chosen(None)
+    checkpoint.export(tmp_path / "elsewhere", tmp_path / "shipped")
+    assert checkpoint.chosen(None) == tmp_path / "shipped"
+    trained(tmp_path / "runs" / "mine" / "checkpoint")
+    assert str(checkpoint.chosen(None)).endswith("runs/mine")
+    assert checkpoint.chosen("other") == "other"
+
+
 def test_an_exported_policy_acts(tmp_path):
     trained(tmp_path / "run" / "checkpoint")
     folder = checkpoint.export(tmp_path / "run", tmp_path / "exported")

@@ -369,6 +369,29 @@ def test_finalize_refuses_mixed_recordings(tmp_path):
 # ------------------------------------------------------------------------------------------------------ frame cache
 
 
+def test_merged_data_sets_are_one(collected, tmp_path):
+    """As if collected in one go; with what came since when merged again."""
+    one, two, both = (tmp_path / name for name in ("one", "two", "both"))
+    collect(one, SEEDS[::2]), collect(two, SEEDS[1:2])
+    data.merge([one, two], both)
+    collect(two, SEEDS[3:])
+    info = data.merge([one, two], both)
+    assert info["total_episodes"] == len(SEEDS) and tree(both) == tree(collected)
+
+
+def test_merging_loses_nothing(tmp_path):
+    one, two, both = (tmp_path / name for name in ("one", "two", "both"))
+    collect(one, (3, 11)), collect(two, (11,)), collect(both, (40,))
+    before = tree(both)
+    with pytest.raises(DatasetError, match=r"two and .*one both have an episode of seed 11.*--first_seed"):
+        data.merge([one, two], tmp_path / "new")
+    with pytest.raises(DatasetError, match=r"both holds other episodes already \(seed 40\)"):
+        data.merge([one], both)
+    with pytest.raises(DatasetError, match=r"absent: no committed episode"):
+        data.merge([one, tmp_path / "absent"], both)
+    assert tree(both) == before and not (tmp_path / "new").exists()
+
+
 def read_slowly(root: Path, queue, log: Path) -> None:
     decode = data.decode_video
 

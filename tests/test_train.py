@@ -82,20 +82,22 @@ def same(run_a, run_b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path):
-    fit(tmp_path / "whole")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, optimizer):
+    config = replace(CONFIG, optimizer=optimizer)
+    fit(tmp_path / "whole", config)
     for stop in (2, 3, 5):  # before, at and after the first save
         run = tmp_path / f"stopped_{stop}"
         with pytest.raises(KeyboardInterrupt):
-            fit(run, stop=stop)
-        fit(run)
+            fit(run, config, stop=stop)
+        fit(run, config)
         assert same(tmp_path / "whole", run)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         whole = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]  # no line twice
         assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
         assert [line["step"] for line in lines if "validation/x" in line] == [3, 6]
-    fit(tmp_path / "other", config=TrainConfig(steps=6, lr=1e-2, warmup=2, seed=1))
+    fit(tmp_path / "other", replace(config, seed=1))
     assert not same(tmp_path / "whole", tmp_path / "other")
 
 
@@ -131,6 +133,26 @@ def test_a_half_written_metrics_line_is_dropped(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     train.keep_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_muon_turns_the_blocks_matrices_and_nothing_else():
+    """Its steps are orthogonal matrices times 0.2 sqrt(the longer side), the size of AdamW's."""
+    packer, config = make_packer(), replace(CONFIG, optimizer="muon", weight_decay=0.0)
+    state = train.new_state(make_model(packer), config)
+    weight, bias = state.model.blocks[0].up.weight, state.model.blocks[0].up.bias
+    before = weight.detach().clone()
+    tokens, generator = packer.pack(make_batch(), "joint_plan"), torch.Generator().manual_seed(0)
+    loss(state.model, state.teacher, tokens, SelfFlowConfig(), generator)[0].backward()
+    muon, adamw = state.optimizers
+    muon.step()
+    step = (weight - before).detach() / (config.lr * 0.2 * max(weight.shape) ** 0.5)
+    singular = torch.linalg.svdvals(step)
+    assert singular.min() > 0.3 and singular.max() < 1.3  # five iterations get so far
+    owners = [[id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
+    assert id(weight) in owners[0] and id(bias) in owners[1]
+    assert sorted(owners[0] + owners[1]) == sorted(map(id, state.model.parameters()))
+    with pytest.raises(ValueError, match="choose adamw or muon"):
+        replace(CONFIG, optimizer="sgd")
 
 
 def test_learning_rate_schedule():
@@ -196,7 +218,7 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path):
         weights = [
             *state.model.parameters(),
             *model.parameters(),
-            *(s["exp_avg"] for s in state.optimizer.state.values()),
+            *(s["exp_avg"] for optimizer in state.optimizers for s in optimizer.state.values()),
         ]
         seen.append([w.detach().clone() for w in weights])
         return {}
@@ -321,10 +343,22 @@ def test_scripts_from_data_to_policy(workplace):
     pretrain(PretrainConfig(name="newer", method="flow_matching", seed=3, **PRETRAIN, **COMMON))
     finetune(FinetuneConfig(name="f", method="flow_matching", **FINETUNE, **COMMON | {"steps": 5}))
     assert checkpoint.load(run / "checkpoint")[1]["step"] == 5
-    with pytest.raises(ValueError, match="is a finetune run"):
-        finetune(FinetuneConfig(name="g", pretrained="f", **FINETUNE, **COMMON))
     with pytest.raises(ValueError, match="modes: walking unknown"):
         finetune(FinetuneConfig(name="g", modes={"walking": 1.0}, **FINETUNE, **COMMON))
+
+
+def test_a_policy_goes_on_with_other_data(workplace):
+    """It keeps its scales, so that its numbers mean what they meant."""
+    first = finetune(FinetuneConfig(name="f", pretrained="none", **FINETUNE, **COMMON))
+    write_dataset(Path("data/more"), episodes=6, length=15)
+    other = FINETUNE | {"data": "data/more"}
+    second = finetune(FinetuneConfig(name="g", pretrained="f", lr=0.0, **other, **COMMON | {"steps": 1}))
+    (old, old_packer, manifest), (new, packer, _) = map(checkpoint.load_model, (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(packer.buffers(), old_packer.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), old.parameters()))  # at a learning rate of 0
+    assert checkpoint.load(second / "checkpoint")[1]["identity"]["pretrained"] == manifest["sha256"]
+    with pytest.raises(ValueError, match=r"f was trained on windows of .*horizon=3.* not .*horizon=2"):
+        finetune(FinetuneConfig(name="h", pretrained="f", **other | {"horizon": 2}, **COMMON))
 
 
 def test_scripts_resume_to_the_bit(workplace):
