@@ -291,8 +291,8 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
         """z (B, N, C) noised, t (B, N) or (B, 1) -> velocity (B, N, C), zero on given tokens, and features (B, M, D) of
         the tokens that are not given after block `feature_layer` (1 is the first; 0: none; of several layers a list).
-        With `cache` the prefix is not computed again; its rows may be fewer, each for as many of z. apart bool (B, N): tokens where it is true and tokens where it is
-        not see only their own kind, and the prefix."""
+        With `cache` the prefix is not computed again; its rows may be fewer, each for as many of z. apart bool (B, N):
+        tokens where it is true and tokens where it is not see only their own kind, and the prefix."""
         P, N, features = tokens.prefix, z.shape[1], {}
         wanted = feature_layer if isinstance(feature_layer, tuple) else (feature_layer,)
         x, modulation, level = self._start(z, part(t, P, N), tokens, P, N)
