@@ -110,7 +110,7 @@ class FinetuneConfig(TrainingConfig):
     horizon: int = key(8, "actions predicted from now on")
     modes: dict[str, float] = key(
         {"policy": 0.5, "joint_plan": 0.12, "world_model": 0.22, "inverse_dynamics": 0.1, "video_prediction": 0.06},
-        "probability of each role assignment, drawn per batch",
+        "probability of each role assignment, drawn per batch; those not named keep theirs, 0 leaves one out",
     )
     committed: float = key(0.3, "share of policy and joint_plan batches that are given some of the first actions")
     corners: bool = key(True, "false: frames and actions always generated together at one level, as in the paper")

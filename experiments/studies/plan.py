@@ -250,6 +250,8 @@ def flags(settings: dict) -> list[str]:
 
 
 def _word(value) -> str:
+    if isinstance(value, dict):  # as hydra writes it
+        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
