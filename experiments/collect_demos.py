@@ -20,7 +20,7 @@ import numpy as np
 from envs.rollout import HOLD_STEPS, LINGER, Demonstrator, rollout
 from envs.tasks import get_tasks
 from envs.workers import Workers, progress, write_json
-from selfflow_robot.config import CollectConfig, run
+from selfflow_robot.config import CollectConfig, EvalConfig, run
 from selfflow_robot.data import VIEW, DatasetError, committed_seeds, finalize, write_episode
 from selfflow_robot.metrics import wilson_interval
 
@@ -87,7 +87,7 @@ def start_collecting(cfg: CollectConfig, root: str, keep_failures: bool):
     if cfg.policy is not None:
         from policies import load_policy
 
-        driver = load_policy(cfg.policy)
+        driver = load_policy(cfg.policy, execute=EvalConfig.execute)  # as it will act
     tasks = get_tasks(cfg.task)
 
     def work(seed: int) -> dict:

@@ -335,6 +335,8 @@ def card(manifest: dict) -> str:
     rows += [("weights", "EMA" if manifest.get("weights", "ema") == "ema" else "in training")]
     rows += [(f"{part}: {name}", value) for part in ("model", "codec", "layout") for name, value in about[part].items()]
     rows += [("data", about["config"].get("data")), ("data hash", manifest.get("identity", {}).get("data_hash"))]
+    modes = {name: share for name, share in about["config"].get("modes", {}).items() if share}
+    rows += [("trained as", ", ".join(f"{name} {share:.0%}" for name, share in modes.items()))]
     rows += [(f"code: {name}", value) for name, value in about["code"].items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, ""))
     actions = ", ".join(about["action"].get("names", []))
