@@ -23,7 +23,8 @@ import numpy as np
 from policies.realtime import DeadlineMissed, RealTimePolicy, ticks
 from policies.safety import FROZEN, MARGIN, MAX_AGE, Guard, Limits, fade, refuse_rate
 from selfflow_robot import checkpoint
-from selfflow_robot.data import DatasetError, encode_video, open_dataset
+from selfflow_robot.config import in_one_line
+from selfflow_robot.data import encode_video, open_dataset
 from selfflow_robot.interfaces import ACTION_NAMES, Observation
 
 ON_FAULT = {"hold": 0.0, "slow_stop": 0.5}  # what is left of the last motion in each step without an action
@@ -237,11 +238,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/control"), help="default %(default)s")
     parser.add_argument("--rerun", action="store_true", help="also run.rrd, for the rerun viewer")
     arguments = parser.parse_args()
-    try:
+    with in_one_line():
         sys.exit(run(arguments))
-    except (ValueError, OSError, DatasetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,9 +10,9 @@ action contract than this version's. The tensors are checked against their SHA-2
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
+from selfflow_robot.config import in_one_line
 from selfflow_robot.interfaces import ACTION_NAMES, PROPRIO_NAMES
 
 UNITS = ("m/step",) * 3 + ("rad/step",) * 3 + ("1 = open",)
@@ -168,13 +168,10 @@ def main():
     arguments = parser.parse_args()
     from selfflow_robot import checkpoint
 
-    try:
+    with in_one_line():
         path = arguments.run or checkpoint.newest_run("finetune") or checkpoint.newest_run("pretrain")
-        if path is None:
-            raise ValueError("no run in runs/. Name a folder")
+        path = path or checkpoint.chosen(None)
         about = describe(path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(json.dumps(about, indent=1) if arguments.json else show(about))
 
 

@@ -13,7 +13,6 @@ says how to read it.
 import argparse
 import io
 import json
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from policies import measures
 from policies.flow_policy import FlowPolicy
 from policies.measures import VARIANTS, Held, held, predictions
 from selfflow_robot import checkpoint
-from selfflow_robot.data import Dataset, DatasetError, Episode, encode_video, open_dataset, statistics
+from selfflow_robot.config import in_one_line
+from selfflow_robot.data import Dataset, Episode, encode_video, open_dataset, statistics
 from selfflow_robot.metrics import bootstrap_difference, bootstrap_mean, lpips_missing, plain
 
 SCALE, BAR, FPS = 2, 28, 6
@@ -220,11 +220,8 @@ def main():
     parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (default 8)")
     parser.add_argument("--features", metavar="RUN", help="whose features the Frechet distance uses (default: its own)")
     arguments = parser.parse_args()
-    try:
+    with in_one_line():
         run(arguments)
-    except (ValueError, OSError, DatasetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments) -> None:

@@ -9,14 +9,14 @@ held-out episodes. Writes judge.safetensors and judge.json into the run's folder
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from envs.workers import progress
 from policies import judge as judging
 from policies.flow_policy import FlowPolicy
 from selfflow_robot import checkpoint
-from selfflow_robot.data import DatasetError, open_dataset
+from selfflow_robot.config import in_one_line
+from selfflow_robot.data import open_dataset
 
 
 def make(run: str | Path, data: str | Path, frames: int, imagined: int, steps: int) -> dict:
@@ -51,12 +51,9 @@ def main():
     parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (default 8)")
     parser.add_argument("--json", action="store_true", help="print judge.json's facts as one object")
     arguments = parser.parse_args()
-    try:
+    with in_one_line():
         run = checkpoint.chosen(arguments.checkpoint)
         about = make(run, arguments.data, arguments.frames, arguments.imagined, arguments.sample_steps)
-    except (ValueError, OSError, DatasetError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if arguments.json:
         print(json.dumps(about))
         return

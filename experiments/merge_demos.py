@@ -7,8 +7,10 @@ command again adds what has come since.
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from selfflow_robot.config import in_one_line
+from selfflow_robot.data import merge
 
 
 def main() -> None:
@@ -16,13 +18,9 @@ def main() -> None:
     parser.add_argument("data", nargs="+", help="folders of data sets")
     parser.add_argument("--name", required=True, help="the result is data/<name>")
     arguments = parser.parse_args()
-    from selfflow_robot.data import DatasetError, merge
-
     root = Path("data") / arguments.name
-    try:
+    with in_one_line():
         info = merge(arguments.data, root)
-    except (DatasetError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(
         f"{root}: {info['total_episodes']} episodes, {info['total_frames']} frames, {info['total_tasks']} instructions"
     )

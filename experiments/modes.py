@@ -12,7 +12,6 @@ table as JSON and PNG. docs/world_model.md says how to read it.
 import argparse
 import io
 import json
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,8 @@ from policies import measures
 from policies.flow_policy import FlowPolicy
 from policies.measures import Held, held
 from selfflow_robot import checkpoint, metrics
-from selfflow_robot.data import DatasetError, open_dataset
+from selfflow_robot.config import in_one_line
+from selfflow_robot.data import open_dataset
 from selfflow_robot.metrics import bootstrap_difference, bootstrap_mean, plain
 
 PASSES = 7  # over all windows, per run: the modes, one with part of the chunk given and one with wrong actions
@@ -218,11 +218,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--json", type=Path, default=Path("runs/modes.json"), help="default %(default)s; a .png too")
     arguments = parser.parse_args()
-    try:
+    with in_one_line():
         run(arguments)
-    except (ValueError, OSError, DatasetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments) -> None:

@@ -27,6 +27,7 @@ from policies.chunking import ChunkedPolicy
 from policies.flow_policy import FlowPolicy
 from policies.world_model import WorldModelEnv
 from selfflow_robot import checkpoint
+from selfflow_robot.config import in_one_line
 from selfflow_robot.data import encode_video
 from selfflow_robot.metrics import mean_maximum_rank_violation, pearson, wilson_interval
 
@@ -208,15 +209,10 @@ def main():
     parser.add_argument("--name", default="rank", help="results go to runs/<name> (default rank)")
     parser.add_argument("--json", action="store_true", help="print one object")
     arguments = parser.parse_args()
-    try:
+    with in_one_line():
         if len(arguments.policies) < 2:
             raise ValueError("--policies needs at least two runs to rank")
         facts = rank(arguments)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command continues.")
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(json.dumps(facts)) if arguments.json else print_table(facts)
 
 

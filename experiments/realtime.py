@@ -24,7 +24,8 @@ from policies.chunking import ChunkedPolicy
 from policies.realtime import DeadlineMissed, RealTimePolicy, ticks
 from policies.safety import fade
 from selfflow_robot import checkpoint
-from selfflow_robot.data import Dataset, DatasetError, Episode, open_dataset
+from selfflow_robot.config import in_one_line
+from selfflow_robot.data import Dataset, Episode, open_dataset
 from selfflow_robot.interfaces import Observation
 from selfflow_robot.metrics import paired_comparison
 
@@ -286,11 +287,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/realtime"), help="pictures (default %(default)s)")
     parser.add_argument("--json", type=Path, help="also write all figures there")
     arguments = parser.parse_args()
-    try:
+    with in_one_line():
         run(arguments)
-    except (ValueError, OSError, DatasetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: argparse.Namespace) -> dict:

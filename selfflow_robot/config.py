@@ -11,7 +11,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -250,9 +251,25 @@ SCRIPTS = {
 }
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Around what a script does: errors that say what to do end it with their message alone, a failure of ours with its
+    traceback (HYDRA_FULL_ERROR=1: all of them)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        speaks = isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
+        if not speaks or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 def run(config_class: type, function: Callable) -> None:
-    """Entry point of a script: parses the command line and calls function(config). Known errors end it with their
-    message alone (HYDRA_FULL_ERROR=1 shows the traceback)."""
+    """Entry point of a script: parses the command line and calls function(config); errors as in `in_one_line`."""
     # Before torch is imported: two computing threads that wait by spinning are slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import hydra
@@ -270,16 +287,8 @@ def run(config_class: type, function: Callable) -> None:
     sys.argv[1:] = arguments + quiet
 
     def job(cfg):
-        try:
+        with in_one_line():
             function(OmegaConf.to_object(cfg))
-        except KeyboardInterrupt:
-            print("\nInterrupted. The same command continues.", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:
-            speaks = isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
-            if not speaks or os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            sys.exit(f"error: {error}")
 
     hydra.main(version_base=None, config_path=str(CONFIGS), config_name=script)(job)()
 

@@ -239,7 +239,7 @@ def test_a_newcomer_drives_a_recording_with_an_untrained_checkpoint(tmp_path, da
 
 def test_mistakes_are_answered_in_one_line(tmp_path, data):
     done = run_script(tmp_path, "--robot", "replay", "--data", data, "--checkpoint", "nowhere")
-    assert done.returncode == 2 and done.stderr.startswith("error: no checkpoint at nowhere")
+    assert done.returncode == 1 and done.stderr.startswith("error: no checkpoint at nowhere")
     assert done.stderr.count("\n") == 1
 
 

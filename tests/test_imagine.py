@@ -194,7 +194,7 @@ def test_errors_are_one_line(run, tmp_path, monkeypatch, capsys, arguments, mess
     with pytest.raises(SystemExit) as stopped:
         start(monkeypatch, "--checkpoint", run, "--data", data, "--out", tmp_path / "a.mp4", *arguments)
     printed = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2
+    assert stopped.value.code == 1
     assert len(printed.splitlines()) == 1 and re.match(message, printed)
 
 

@@ -210,4 +210,4 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             start(monkeypatch, "--data", data, "--json", tmp_path / "a.json", *arguments)
         printed = capsys.readouterr().err.strip()
-        assert stopped.value.code == 2 and printed.startswith(message) and len(printed.splitlines()) == 1
+        assert stopped.value.code == 1 and printed.startswith(message) and len(printed.splitlines()) == 1
