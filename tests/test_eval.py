@@ -130,7 +130,8 @@ def test_a_checkpoint_is_known_by_its_content(folder, inline):
         evaluate(config(policy="checkpoint", checkpoint="b", execute=4, episodes=1), start)
 
 
-def test_what_cannot_be_evaluated_says_why(folder, inline):
+def test_what_cannot_be_evaluated_says_why(folder, inline, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHIPPED", folder / "nothing")
     with pytest.raises(ValueError, match="unknown task 'fridge'; known: open_and_place"):
         evaluate(config(task="fridge"), start)
     with pytest.raises(ValueError, match="unknown policy 'random'; known: checkpoint, expert, hold"):
