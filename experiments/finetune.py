@@ -51,7 +51,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
         packer = Packer(layout, pretrained.codec)
     if manifest.get("kind") == "finetune":
         if pretrained.layout != layout:
-            raise ValueError(f"{cfg.pretrained} was trained on windows of {pretrained.layout}, not {layout}")
+            raise ValueError(f"{cfg.pretrained or folder} was trained on windows of {pretrained.layout}, not {layout}")
         packer = pretrained  # its scales: the policy's numbers keep their meaning
     else:
         packer.fit_statistics(dataset.stats)
