@@ -322,7 +322,7 @@ def export(path: str | Path, folder: str | Path, weights: str = "ema", results: 
 def _measured(result: dict) -> dict:
     """What a card says of an evaluation."""
     names = ("task", "success_rule", "protocol_hash", "command")
-    protocol = {name: result["protocol"][name] for name in ("protocol", "seeds")}
+    protocol = {name: result["protocol"][name] for name in ("protocol", "seeds", "success")}
     return {name: result[name] for name in names} | protocol | {"summary": result["summary"]}
 
 
@@ -378,7 +378,9 @@ def _results_table(results: list[dict]) -> str:
             rows.append(
                 f"| {result['task']} | {name.replace('_', ' ')} | {rate} | {seeds} | {result['protocol_hash']} |"
             )
-    rules = "\n".join(dict.fromkeys(f"- {result['task']}: {result['success_rule']}" for result in results))
+    rules = "\n".join(
+        dict.fromkeys(f"- {result['task']}: {result['success']}. {result['success_rule']}" for result in results)
+    )
     commands = "\n".join(dict.fromkeys(result["command"] for result in results))
     table = "\n".join(rows)
     return f"""

@@ -158,6 +158,7 @@ class CollectConfig:
     name: str | None = key(None, "data/<name>; default the task's")
     policy: str | None = key(None, "run whose policy drives while the expert labels (DAgger)")
     policy_fraction: float = key(0.5, "share of stretches it drives")
+    variation: float = key(1.0, "of the expert's ways from episode to episode; 0: always alike, its labels then agree")
     disturbance: float = key(0.3, "share of episodes the expert is disturbed in and recovers")
     keep_failures: bool = key(False, "keep episodes without success")
     width: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")

@@ -71,7 +71,7 @@ class LineEnv:
 class LineExpert:
     """Privileged, its phase read from the state."""
 
-    def __init__(self, env, rng=None):
+    def __init__(self, env, rng=None, variation=1.0):
         self.env = env
 
     def reset(self):

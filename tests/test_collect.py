@@ -111,6 +111,21 @@ def test_with_a_policy_failures_are_kept_and_labelled(folder, inline):
     assert (dataset.action[:, 0] > 0).all()
 
 
+@pytest.mark.parametrize("variation", [0.0, 1.0])
+def test_the_expert_varies_as_told(folder, variation):
+    told = []
+
+    def make_expert(env, rng, variation):
+        told.append((variation, rng.bit_generator.state))
+        return LineExpert(env)
+
+    for seed in (1, 1, 2):
+        record(LineEnv(width=32, height=16), make_expert, None, config(variation=variation), "data/line", False, seed)
+    assert [given for given, _ in told] == [variation] * 3
+    first, again, other = (state for _, state in told)
+    assert first == again != other  # the seed's own
+
+
 def test_another_kind_of_data_set_is_refused(folder):
     (folder / "data/line").mkdir(parents=True)
     path = folder / "data/line/collection.json"
