@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ seconds: {step: {tiny: 1.0}, demonstration: 1, episode: 1, probe: 1, modes: 1, i
 FAKE = """
 import json, sys, time
 from pathlib import Path
+from xml.etree import ElementTree
 
 script, words = Path(__file__).stem, sys.argv[1:]
 args = dict(zip(words[::2], words[1::2]))
@@ -623,6 +625,10 @@ def test_report_says_what_the_numbers_say(tiny):
     assert "<script" not in html and "<link" not in html and "url(http" not in html and "@import" not in html
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', html))
     assert html.count('role="img"') == 2 + 2 + 1  # success and probes of two settings, the cosine
+    curves = sorted(path.name for path in path.parent.glob("success_*.svg"))
+    assert curves == ["success_1.svg", "success_2.svg"]
+    for name in curves:
+        ElementTree.parse(path.parent / name)  # a file that stands alone
 
 
 def test_report_of_nothing(tiny):

@@ -36,15 +36,19 @@ LISTED = 40  # jobs that are named on the page, at most
 
 
 def write(study: Study, points: list[Point], jobs: list[Job], states: dict[str, str], plans: dict, look: int) -> Path:
-    """The page from what is there; returns its path. states: of the jobs, by name. Raises ReportError for damage."""
+    """The page from what is there; returns its path. states: of the jobs, by name. Raises ReportError for damage.
+
+    Beside it the curves of success as success_1.svg and on, one per setting, for use elsewhere.
+    """
     outcomes = Outcomes(study)
+    success = success_section(study, points, outcomes)
     content = PAGE.substitute(
         title=escape(f"Study: {study.name}"),
         style=STYLE,
         question=escape(study.question),
         conclusion=conclusion_section(study, points, outcomes, look),
         state=state_section(study, jobs, states, plans),
-        success=success_section(study, points, outcomes),
+        success=success,
         differences=difference_section(study, points, outcomes),
         probes=probe_section(study, points),
         modes=modes_section(study, points),
@@ -54,12 +58,15 @@ def write(study: Study, points: list[Point], jobs: list[Job], states: dict[str, 
         plan=escape(study.text),
         command=escape(f"python experiments/study.py --study {study.name}"),
     )
-    out = Path(study.root) / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, out)
-    return out
+    folder = Path(study.root)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = re.findall("<svg.*?</svg>", success, re.DOTALL)
+    files = {f"success_{number}.svg": curve for number, curve in enumerate(curves, 1)} | {"report.html": content}
+    for name, text in files.items():
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+    return folder / "report.html"
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -179,11 +186,11 @@ def curve_chart(study: Study, cells: dict, arms: list[str], outcomes: Outcomes) 
             [max(100 * (e.value - e.low), 0) for _, e in shown],
             [max(100 * (e.high - e.value), 0) for _, e in shown],
         ]
-        axis.errorbar(x, y, around, fmt="o-", markersize=4, linewidth=1.3, capsize=3, color=colour(study, arm))
+        style = {"markersize": 4, "linewidth": 1.3, "capsize": 3, "color": colour(study, arm)}
+        axis.errorbar(x, y, around, fmt="o-", label=study.arms[arm]["label"], **style)
     axis.set(xlabel="fine-tuning steps", ylabel="success, % of episodes", ylim=(-3, 103))
-    return (
-        legend(study, arms) + f'<div class="scroll wide">{parts.draw(figure, "success against training steps")}</div>'
-    )
+    axis.legend(frameon=False)  # in the picture: it is a file of its own too
+    return f'<div class="scroll wide">{parts.draw(figure, "success against training steps")}</div>'
 
 
 def comparisons(study: Study, points: list[Point]) -> list[tuple[tuple, str, str]]:
