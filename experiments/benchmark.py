@@ -153,7 +153,7 @@ def benchmark_train(
     variants = {f"step {method}": take for method, take in steps.items()}
     variants |= level_steps(network, packer.pack(batch, "pretrain"))
     variants |= precision_steps(network, packer.pack(batch, "pretrain"))
-    variants |= draw_steps(network, packer, batch)
+    variants |= draw_steps(network, packer, batch_size)
     if reference:
         variants |= reference_steps(reference, config, batch_size, device)
     samples = interleaved(variants, rounds, device)
@@ -247,20 +247,14 @@ def precision_steps(network, tokens) -> dict[str, Callable[[], None]]:
     }
 
 
-def draw_steps(network, packer, batch: dict) -> dict[str, Callable[[], None]]:
+def draw_steps(network, packer, batch_size: int) -> dict[str, Callable[[], None]]:
     """Forward and backward of mode policy with four noise draws per window: of one observation, which is computed once,
     and of four copies of it."""
     import torch
 
-    from selfflow_robot.interfaces import ACTION_DIM, PROPRIO_DIM
+    from selfflow_robot import plan
     from selfflow_robot.model import precision
     from selfflow_robot.selfflow import SelfFlowConfig, loss
-
-    def packed(video):
-        rows = len(video)
-        actions, proprio = torch.zeros(rows, packer.layout.horizon, ACTION_DIM), torch.zeros(rows, PROPRIO_DIM)
-        told = {"action": actions, "executed": actions, "proprio": proprio, "instruction": [""] * rows}
-        return packer.pack({"video": video} | told, "policy")
 
     def step(tokens, draws):
         goal = SelfFlowConfig(scheduling="single", features="none", draws=draws)
@@ -273,8 +267,8 @@ def draw_steps(network, packer, batch: dict) -> dict[str, Callable[[], None]]:
 
         return take
 
-    alone = packed(batch["video"].repeat_interleave(4, 0))
-    return {"4 draws": step(packed(batch["video"]), 4), "4 draws, each alone": step(alone, 1)}
+    together, alone = (plan.blank_tokens(packer, "policy", rows) for rows in (batch_size, 4 * batch_size))
+    return {"4 draws": step(together, 4), "4 draws, each alone": step(alone, 1)}
 
 
 def reference_steps(folder: Path, config, batch_size: int, device: str) -> dict[str, Callable[[], None]]:

@@ -32,15 +32,15 @@ def parameters(config: ModelConfig, channels: dict[str, int] | None = None) -> i
     return sum(p.numel() for p in model.parameters())
 
 
-def blank_tokens(packer: Packer, mode: str) -> Tokens:
-    """One window of zeros, packed: what matters here is its shape."""
+def blank_tokens(packer: Packer, mode: str, windows: int = 1) -> Tokens:
+    """Windows of zeros, packed: what matters here is their shape."""
     layout, frames = packer.layout, len(packer.layout.past + packer.layout.future)
     batch = {
-        "video": torch.zeros(1, frames, layout.height, layout.width, 3, dtype=torch.uint8),
-        "proprio": torch.zeros(1, PROPRIO_DIM),
-        "action": torch.zeros(1, layout.horizon, ACTION_DIM),
-        "executed": torch.zeros(1, layout.horizon, ACTION_DIM),
-        "instruction": [""],
+        "video": torch.zeros(windows, frames, layout.height, layout.width, 3, dtype=torch.uint8),
+        "proprio": torch.zeros(windows, PROPRIO_DIM),
+        "action": torch.zeros(windows, layout.horizon, ACTION_DIM),
+        "executed": torch.zeros(windows, layout.horizon, ACTION_DIM),
+        "instruction": [""] * windows,
     }
     return packer.pack(batch, mode)
 
