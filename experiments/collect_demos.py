@@ -87,7 +87,7 @@ def start_collecting(cfg: CollectConfig, root: str, keep_failures: bool):
     if cfg.policy is not None:
         from policies import load_policy
 
-        driver = load_policy(cfg.policy, execute=EvalConfig.execute)  # as it will act
+        driver = load_policy(cfg.policy, execute=EvalConfig.execute, temperature=EvalConfig.temperature)  # as it acts
     tasks = get_tasks(cfg.task)
 
     def work(seed: int) -> dict:

@@ -37,6 +37,7 @@ from selfflow_robot.metrics import auc, wilson_interval
 
 POLICIES = ("checkpoint", "expert", "hold", "remote")
 SIMULATORS = ("ours", "upstream")
+ACTING = ("execute", "sample_steps", "temperature")  # settings of a checkpoint that every record names
 VIDEO_CRF, VIDEO_GOP = 26, 60  # for looking at: a tenth of what training data needs
 VIDEO_HEIGHT, VIDEO_FPS, BAR = 384, 6, 40  # px, twice as fast as the control, px for the words below
 GREEN, RED, GREY = (60, 170, 90), (200, 70, 60), (90, 90, 90)
@@ -123,7 +124,7 @@ def identify(cfg: EvalConfig) -> dict:
     if cfg.policy == "remote":
         with connect(cfg) as planner:
             served = planner.metadata
-        names = ("checkpoint", "sample_steps", "imagination")
+        names = ("checkpoint", "sample_steps", "temperature", "imagination")
         said = {name: None if served.get(name) is None else str(served[name]) for name in (*names, "checkpoint_hash")}
         hashed = said.pop("checkpoint_hash")
         settings = {"server": cfg.server, "execute": cfg.execute, **said}
@@ -141,7 +142,7 @@ def identify(cfg: EvalConfig) -> dict:
         "policy": "checkpoint",
         "checkpoint": str(checkpoint.run_folder(path)),
         "checkpoint_hash": manifest["sha256"],
-        "policy_settings": {"execute": cfg.execute, "sample_steps": cfg.sample_steps} | changed_settings(cfg),
+        "policy_settings": {name: getattr(cfg, name) for name in ACTING} | changed_settings(cfg),
     }
 
 
@@ -160,7 +161,8 @@ def checkpoint_policy(cfg: EvalConfig, path: str):
     from policies.planning import BestOfN
     from policies.realtime import RealTimePolicy
 
-    planner = FlowPolicy.load(path, steps=cfg.sample_steps, imagination=cfg.imagination, cached=cfg.cached)
+    settings = dict(imagination=cfg.imagination, cached=cfg.cached, temperature=cfg.temperature)
+    planner = FlowPolicy.load(path, steps=cfg.sample_steps, **settings)
     if cfg.samples != 1:
         planner = BestOfN(planner, judge.load(path, planner), cfg.samples)
     alarm = planner = Alarm(planner, cfg.alarm_every) if cfg.alarm_every else planner

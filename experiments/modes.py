@@ -190,9 +190,9 @@ def plot(table: dict[str, dict], names: list[str]) -> bytes:
     return buffer.getvalue()
 
 
-def load(paths: list[str], steps: int) -> dict[str, FlowPolicy]:
+def load(paths: list[str], steps: int, temperature: float = 1.0) -> dict[str, FlowPolicy]:
     """{name: policy}; ValueError unless all predict the same frames and actions from the same past."""
-    policies = {Path(path).name: FlowPolicy.load(path, steps=steps) for path in paths}
+    policies = {Path(path).name: FlowPolicy.load(path, steps=steps, temperature=temperature) for path in paths}
     if len(policies) < len(paths):
         raise ValueError(f"runs of the same name: {', '.join(paths)}")
     layouts = {name: policy.layout for name, policy in policies.items()}
@@ -216,6 +216,7 @@ def main():
     parser.add_argument("--windows", type=int, default=128, help="of the validation episodes (default 128)")
     parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of planned actions' noise (default 1)")
     parser.add_argument("--json", type=Path, default=Path("runs/modes.json"), help="default %(default)s; a .png too")
     arguments = parser.parse_args()
     with in_one_line():
@@ -226,7 +227,7 @@ def run(arguments) -> None:
     paths = arguments.runs or [checkpoint.chosen(None)]
     if arguments.windows < 2:
         raise ValueError(f"--windows {arguments.windows}: two or more")
-    policies = load([str(path) for path in paths], arguments.sample_steps)
+    policies = load([str(path) for path in paths], arguments.sample_steps, arguments.temperature)
     dataset = open_dataset(arguments.data)
     windows = held(dataset, next(iter(policies.values())).layout, arguments.windows)
     table = compare(policies, windows, arguments.seed)
@@ -245,6 +246,7 @@ def run(arguments) -> None:
         "windows": len(windows),
         "episodes": len(set(windows.episode.tolist())),
         "sample_steps": arguments.sample_steps,
+        "temperature": arguments.temperature,
         "seed": arguments.seed,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "units": {name: measure.unit for name, measure in MEASURES.items()},

@@ -43,7 +43,8 @@ def serve(cfg: ServeConfig) -> None:
     tls = tls_context(cfg.cert, cfg.key) if cfg.cert else None
     torch.set_num_threads(cfg.threads)
     path = checkpoint.chosen(cfg.checkpoint)
-    policy = FlowPolicy.load(path, steps=cfg.sample_steps, imagination=cfg.imagination, compiled=cfg.compile)
+    settings = dict(imagination=cfg.imagination, temperature=cfg.temperature, compiled=cfg.compile)
+    policy = FlowPolicy.load(path, steps=cfg.sample_steps, **settings)
     warm_up(policy)
     metadata = describe(policy, Path(path).resolve().name)
     server = PolicyServer(policy, metadata, cfg.host, cfg.port, token, tls, limits)

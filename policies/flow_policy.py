@@ -40,17 +40,21 @@ class FlowPolicy:
         imagination: float = 0.0,
         cached: bool = True,
         compiled: bool = False,
+        temperature: float = 0.0,
     ):
         """steps: of the sampler. cached False computes the whole sequence in every one of them, to compare with.
-        compiled: see `Model.for_inference`."""
+        compiled: see `Model.for_inference`. temperature: of the noise that a plan's actions begin with; 0: no chance,
+        the same chunk whenever the same is seen."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
         if not 0 <= imagination <= 1:
             raise ValueError(f"imagination must be from 0 (act only) to 1 (imagine in full), got {imagination}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.packer = model.to(self.device).eval(), packer.to(self.device)
         self.sampler = self.model.for_inference(self.device, compiled)
-        self.steps, self.imagination, self.cached = steps, imagination, cached
+        self.steps, self.imagination, self.cached, self.temperature = steps, imagination, cached, temperature
         self.manifest: dict = {}
 
     @classmethod
@@ -95,7 +99,8 @@ class FlowPolicy:
             rest = np.zeros((len(requests), layout.horizon - count, ACTION_DIM), np.float32)
             batch["executed"] = torch.from_numpy(np.concatenate([committed, rest], 1))
         mode = "joint_plan" if self.imagination > 0 else "policy"
-        tokens, z = self.generate(batch, mode, [generator(*request.key) for request in requests], count)
+        noise = [generator(*request.key) for request in requests]
+        tokens, z = self.generate(batch, mode, noise, count, self.temperature)
         actions = self.packer.actions(tokens, z).cpu().numpy()
         if count:
             actions[:, :count] = committed  # to the bit, which normalising and back is not
@@ -124,12 +129,14 @@ class FlowPolicy:
         mode: str | Roles,
         generator: torch.Generator | Sequence[torch.Generator],
         committed: int = 0,
+        temperature: float = 1.0,
     ) -> tuple[Tokens, torch.Tensor]:
         """Any role assignment: tokens, and their sampled z (B, N, C), for `packer.actions` and `packer.video`."""
         tokens = self.packer.pack(batch, mode, committed)
         imagination = self.imagination if mode == "joint_plan" else 1.0
+        settings = dict(imagination=imagination, cached=self.cached, temperature=temperature)
         with precision(self.device):
-            z = generate(self.sampler, tokens, self.steps, generator, imagination=imagination, cached=self.cached)
+            z = generate(self.sampler, tokens, self.steps, generator, **settings)
         return tokens, z
 
     def _past(self, batch: dict) -> dict:

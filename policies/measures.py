@@ -129,8 +129,8 @@ def frame_scores(windows: Held, predicted: np.ndarray, perceptual: bool = False)
 def sampled_actions(
     policy: FlowPolicy, windows: Held, mode: str, committed: int = 0, seed: int = 0, advance=lambda count: None
 ) -> np.ndarray:
-    """Action chunks of a mode, (N, H, 7). The future is shown to inverse dynamics alone; the first `committed` actions
-    are those that were executed."""
+    """Action chunks of a mode, (N, H, 7), planned at the policy's temperature. The future is shown to inverse dynamics
+    alone; the first `committed` actions are those that were executed."""
 
     def sample(part: dict, generators) -> np.ndarray:
         if mode == "inverse_dynamics":
@@ -138,7 +138,8 @@ def sampled_actions(
         seen = observations(policy, part)
         if committed:
             seen["executed"] = part["executed"]
-        tokens, z = policy.generate(seen, MODES[mode], generators, committed)  # roles: imagined in full
+        roles = MODES[mode]  # not the name: imagined in full
+        tokens, z = policy.generate(seen, roles, generators, committed, policy.temperature)
         return policy.packer.actions(tokens, z).cpu().numpy()
 
     return in_parts(sample, windows.batch, seed, advance)

@@ -21,6 +21,8 @@ class BestOfN:
     def __init__(self, policy: FlowPolicy, judge: Judge, samples: int = 8):
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
+        if samples > 1 and not policy.temperature > 0:
+            raise ValueError(f"{samples} samples without noise are all the same: give a temperature above 0, such as 1")
         self.policy, self.judge, self.samples = policy, judge, samples
         self.layout, self.check, self.manifest = policy.layout, policy.check, policy.manifest
 

@@ -180,6 +180,7 @@ def describe(policy, name: str | None = None) -> dict:
         "proprio": list(PROPRIO_NAMES),
         "action": ACTION_CONTRACT,
         "sample_steps": getattr(policy, "steps", None),
+        "temperature": getattr(policy, "temperature", None),
         "imagination": getattr(policy, "imagination", None),
     }
 

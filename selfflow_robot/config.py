@@ -182,6 +182,7 @@ class EvalConfig:
     execute: int = key(2, "actions carried out before predicting again")
     sample_steps: int = key(4, "of the flow sampler")
     imagination: float = key(0.0, "from 0, actions alone, to 1: the future frames in full along with them")
+    temperature: float = key(0.0, "of the noise that plans begin with, to 1; 0: none, they follow from what is seen")
     samples: int = key(
         1, "chunks drawn per plan; of several the one whose imagined future is best (experiments/judge.py)"
     )
@@ -233,6 +234,7 @@ class ServeConfig:
     plan_timeout: float = key(30.0, "seconds from a request to its plan, then an error")
     idle_timeout: float = key(1800.0, "seconds without a request, then goodbye")
     sample_steps: int = key(4, "of the flow sampler")
+    temperature: float = key(0.0, "of the noise that plans begin with, to 1; 0: none, they follow from what is seen")
     imagination: float = key(0.0, "from 0, actions alone, to 1: the future frames too, and in every answer")
     compile: bool = key(False, "through torch.compile: a minute at the start, then faster")
     threads: int = key(1, "of torch: on a CPU more are slower for a single robot")

@@ -263,13 +263,14 @@ def generate(
     alpha: float = 1.0,
     imagination: float = 1.0,
     cached: bool = True,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Samples the generated tokens: (B, N, C). The given tokens' keys and values are computed once; `cached` False
     computes the whole sequence in every step, which gives the same and is there to be compared with.
 
     generator: one for the batch, or one per row, which makes a row's noise independent of its neighbours. imagination:
     how far generated frames are denoised while actions are, 1: to the end. Below 1 they stop at level 1 - imagination,
-    which is enough to act on and is no video.
+    which is enough to act on and is no video. temperature: of the actions' noise; 0 gives the same ones every time.
     """
     generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
     rows, rest = divmod(len(tokens.x), len(generators))
@@ -277,6 +278,7 @@ def generate(
         raise ValueError(f"{len(generators)} generators for {len(tokens.x)} rows: one, or one each")
     noise = torch.cat([torch.randn((rows, *tokens.x.shape[1:]), generator=g) for g in generators]).to(tokens.x.device)
     generated, hidden = tokens.where(GENERATED), tokens.where(HIDDEN)
+    noise = noise * torch.where(tokens.where(GENERATED, "action"), temperature, 1.0)[..., None]
     z = torch.where((generated | hidden)[..., None], noise, tokens.x)
     cache = model.prefix_cache(tokens.x, torch.zeros_like(z[..., 0]), tokens) if cached else None
     end = torch.where(tokens.where(GENERATED, "video"), 1.0 - imagination, 0.0)

@@ -119,7 +119,8 @@ def save_checkpoint(run: str, value: float, kind="finetune"):
 def test_a_checkpoint_is_known_by_its_content(folder, inline):
     save_checkpoint("a", 1.0)
     newest = evaluate(config(policy="checkpoint", episodes=1), start)
-    assert newest["checkpoint"] == "runs/a" and newest["policy_settings"] == {"execute": 2, "sample_steps": 4}
+    assert newest["checkpoint"] == "runs/a"
+    assert newest["policy_settings"] == {"execute": 2, "sample_steps": 4, "temperature": 0.0}
     save_checkpoint("b", 1.0)  # the same tensors elsewhere are the same policy
     evaluate(config(policy="checkpoint", checkpoint="b", episodes=1), start)
     assert tried(folder) == [10]
@@ -174,12 +175,12 @@ def test_settings_make_the_policy(tmp_path):
     plain, alarm = checkpoint_policy(EvalConfig(), run)
     assert isinstance(plain, ChunkedPolicy) and alarm is None and changed_settings(EvalConfig()) == {}
     changed = dict(delay=1, committed=False, imagination=0.5, cached=False, alarm_every=4)
-    cfg = EvalConfig(execute=2, sample_steps=3, **changed)
+    cfg = EvalConfig(execute=2, sample_steps=3, temperature=0.5, **changed)
     realtime, alarm = checkpoint_policy(cfg, run)
     planner = alarm.planner
     assert isinstance(realtime, RealTimePolicy) and realtime.planner is alarm and alarm.every == 4
     assert (realtime.delay, realtime.committed, realtime.threaded) == (1, False, False)
-    assert (planner.steps, planner.imagination, planner.cached) == (3, 0.5, False)
+    assert (planner.steps, planner.temperature, planner.imagination, planner.cached) == (3, 0.5, 0.5, False)
     assert changed_settings(cfg) == changed
     with pytest.raises(ValueError, match=r"no judge. Make it"):
         checkpoint_policy(EvalConfig(samples=2), run)

@@ -127,7 +127,7 @@ def run(tmp_path_factory):
 
 def test_a_windows_noise_is_its_own(run, tmp_path):
     """Whatever else is measured, and beside whatever it is computed."""
-    policy = FlowPolicy.load(run, steps=2)
+    policy = FlowPolicy.load(run, steps=2, temperature=1.0)
     dataset = open_dataset(write_dataset(tmp_path, 60))
     every, some = measures.held(dataset, LAYOUT), measures.held(dataset, LAYOUT, 3)
     rows = [every.batch["index"].tolist().index(number) for number in some.batch["index"].tolist()]

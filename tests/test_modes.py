@@ -39,7 +39,7 @@ class Knowing:
     def __init__(self, windows, metres=0.0, level=0):
         self.layout, self.windows, self.metres, self.level = LAYOUT, windows, metres, level
         self.packer = SimpleNamespace(actions=lambda tokens, z: tokens, video=lambda tokens, z: tokens)
-        self.asked = []
+        self.asked, self.temperature = [], 1.0
 
     def of(self, batch, name):
         """The batch's rows of what was recorded: a window is known by its proprioception."""
@@ -65,10 +65,11 @@ class Knowing:
         assert batch["video"].shape[1] == 4
         return self.shifted(self.of(batch, "executed")).numpy()
 
-    def generate(self, batch, mode, generators, committed=0):
+    def generate(self, batch, mode, generators, committed=0, temperature=1.0):
         assert batch["video"].shape[1] == 2 and len(generators) == len(batch["video"])  # the future is not shown
         assert "action" not in batch and ("executed" in batch) == bool(committed)
         self.asked.append((mode, committed))
+        assert temperature == 1.0
         if mode == "video_prediction":
             return torch.from_numpy(self.frames(batch)), None
         actions = self.shifted(self.of(batch, "action"))

@@ -39,7 +39,8 @@ def test_acts_in_the_canonical_contract_and_repeats_itself(run):
     assert (first[:, 6] >= 0).all() and (first[:, 6] <= 1).all()
     assert np.array_equal(first, episode(policy, range(6)))  # a second episode, the same policy
     assert np.array_equal(first, episode(load_policy(run, execute=2, steps=3), range(6)))
-    assert not np.array_equal(first, episode(load_policy(run, execute=2, steps=3, seed=1), range(6)))
+    warm = [episode(load_policy(run, execute=2, steps=3, seed=s, temperature=1.0), range(6)) for s in (0, 0, 1)]
+    assert np.array_equal(warm[0], warm[1]) and not np.array_equal(warm[0], warm[2])
 
 
 def test_carries_out_the_first_actions_of_each_chunk(run):
@@ -94,7 +95,7 @@ def test_committed_actions_are_kept_and_heeded(run):
 
 
 def test_a_batch_gives_every_robot_its_own_plan(run):
-    planner = load_policy(run, execute=1, steps=2).policy
+    planner = load_policy(run, execute=1, steps=2, temperature=1.0).policy
     committed = np.full((1, 7), 0.1, np.float32)
     requests = [
         Request([observation(1)] * 2, (0, 4)),
@@ -114,6 +115,15 @@ def test_imagination_is_a_dial(run):
     assert [plan.video is None for plan in plans] == [True, True, False]
     assert not np.array_equal(plans[0].actions, plans[1].actions)
     assert not np.array_equal(plans[1].actions, plans[2].actions)
+
+
+def test_without_temperature_no_chance(run):
+    """At 0 the chunk follows from what is seen; with noise it depends on the draw too."""
+    cold, warm = (FlowPolicy.load(run, steps=2, temperature=t) for t in (0.0, 1.0))
+    history = [observation(0), observation(1)]
+    assert np.array_equal(cold.plan(history, (0, 0)).actions, cold.plan(history, (1, 5)).actions)
+    assert not np.array_equal(warm.plan(history, (0, 0)).actions, warm.plan(history, (1, 5)).actions)
+    assert not np.array_equal(cold.plan(history, (0, 0)).actions, cold.plan([observation(2)] * 2, (0, 0)).actions)
 
 
 def test_cached_and_plain_sampling_agree(run):
@@ -175,6 +185,8 @@ def test_wrong_settings_are_refused(run):
         load_policy(run, execute=1, steps=0)
     with pytest.raises(ValueError, match="imagination must be from 0"):
         load_policy(run, execute=1, imagination=1.5)
+    with pytest.raises(ValueError, match="temperature must be at least 0, got -1"):
+        load_policy(run, execute=1, temperature=-1)
     assert isinstance(load_policy(run, execute=1), ChunkedPolicy)
 
 

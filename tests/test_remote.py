@@ -293,7 +293,8 @@ def test_evaluation_knows_what_is_served(tmp_path, monkeypatch):
         results = evaluate(cfg, start)
     assert results["policy"] == "remote" and results["checkpoint_hash"] == "ab" and len(results["episodes"]) == 1
     assert results["policy_settings"] == {
-        "server": server.address, "execute": 2, "checkpoint": "my_run", "sample_steps": None, "imagination": None,
+        "server": server.address, "execute": 2, "checkpoint": "my_run", "sample_steps": None, "temperature": None,
+        "imagination": None,
     }  # fmt: skip
     assert sum(policy.sizes) == results["episodes"][0]["steps"] / 2
     other = describe(policy, "my_run") | {"checkpoint_hash": "cd"}

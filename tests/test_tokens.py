@@ -165,6 +165,29 @@ def test_a_generator_for_every_row():
         generate(model, packer.pack(batch, "policy"), 2, [torch.Generator()] * 3)
 
 
+def test_temperature_narrows_the_actions_alone():
+    """For data of N(m, s^2) the velocity is known: samples are m + s noise, and with a temperature T m + s T noise."""
+    packer, m, s = make_packer(), 0.7, 0.3
+    tokens = packer.pack(make_batch(), "joint_plan")
+
+    class Gaussian:
+        def prefix_cache(self, *_):
+            return None
+
+        def __call__(self, z, t, tokens, cache):
+            t = t[..., None]
+            pull = (z - (1 - t) * m) / ((1 - t) ** 2 * s**2 + t**2)
+            return t * pull - m - (1 - t) * s**2 * pull, None
+
+    draws = {T: generate(Gaussian(), tokens, 400, torch.Generator().manual_seed(0), temperature=T) for T in (1, 0.5, 0)}
+    video, action = tokens.rows("video", GENERATED), tokens.rows("action", GENERATED)
+    spread = draws[1][:, action] - m
+    assert 0.2 < spread.std() < 0.4
+    torch.testing.assert_close(draws[0.5][:, action] - m, spread / 2, atol=2e-3, rtol=0)
+    torch.testing.assert_close(draws[0][:, action], torch.full_like(spread, m), atol=2e-3, rtol=0)
+    assert torch.equal(draws[0][:, video], draws[1][:, video])
+
+
 def test_imagination_stops_frames_on_the_way():
     """With imagination i, frames are left at level 1 - i while actions arrive: seen by a network that says where it
     was asked."""

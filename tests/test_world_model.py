@@ -24,7 +24,7 @@ LAYOUT = Layout(past=(0,), future=(2, 3), horizon=3, text_bytes=16, height=32, w
 def make_policy(layout=LAYOUT, steps=2):
     packer = make_packer(layout)
     packer.codec.fit([make_batch(layout=layout)["video"]])
-    return FlowPolicy(make_model(packer), packer, steps=steps)
+    return FlowPolicy(make_model(packer), packer, steps=steps, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,8 @@ def test_one_sample_is_the_plain_policy(policy):
     assert np.array_equal(plain.actions, best.actions)
     with pytest.raises(ValueError, match="samples"):
         BestOfN(policy, make_judge(), samples=0)
+    with pytest.raises(ValueError, match="4 samples without noise are all the same"):
+        BestOfN(FlowPolicy(policy.model, policy.packer), make_judge(), samples=4)
 
 
 def test_the_chunk_with_the_best_future_is_taken(policy, monkeypatch):
