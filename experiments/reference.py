@@ -5,7 +5,8 @@
     python experiments/reference.py --json
 
 Published rates are those of SimplerEnv's own metrics file: on the real robot, and in its visual matching. Ours are
-shown only if they were measured by that protocol; a random-seed evaluation is another experiment and is refused.
+shown, by either success rule, only if they were measured by that protocol; a random-seed evaluation is another
+experiment and is refused.
 MMRV near 0 and Pearson near 1 mean that success in simulation orders policies as the real robot does.
 """
 
@@ -45,11 +46,12 @@ def published() -> dict[str, dict]:
 
 
 def read_result(folder: Path) -> dict:
-    """{"row", "name", "score", "episodes", "protocol_hash"} of an evaluation. ValueError if it is not comparable."""
+    """{"row", "name", "score", "score_any", "episodes", "protocol_hash"} of an evaluation, scores at the last and at
+    any step. ValueError if it is not comparable."""
     path = folder / "results.json" if folder.is_dir() else folder
     try:
         results = json.loads(path.read_text())
-        protocol, score = results["protocol"], results["score"]["success_final"]
+        protocol, scores = results["protocol"], [results["score"][rule] for rule in ("success_final", "success_any")]
         short, count = get_task(protocol["task"]).short, results["summary"]["success_final"]["n"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a complete evaluation: {error!r}") from error
@@ -62,7 +64,8 @@ def read_result(folder: Path) -> dict:
     return {
         "row": PUBLISHED[short],
         "name": name,
-        "score": score,
+        "score": scores[0],
+        "score_any": scores[1],
         "episodes": f"{count}/{protocol['seeds']['count']}",
         "protocol_hash": results["protocol_hash"],
     }
@@ -91,11 +94,11 @@ def main():
         table.add_row(name, *cells, f"{row['mmrv']:.3f}", f"{row['pearson']:.3f}")
     Console(width=200).print(table)
     if ours:
-        table = Table("task", "policy", "score", "episodes done", "protocol", title="ours, visual matching")
+        columns = ("task", "policy", "at the last step", "at any step", "episodes done", "protocol")
+        table = Table(*columns, title="ours, visual matching: success, averaged as upstream does")
         for result in ours:
-            table.add_row(
-                result["row"], result["name"], f"{result['score']:.3f}", result["episodes"], result["protocol_hash"]
-            )
+            scores = [f"{result[name]:.3f}" for name in ("score", "score_any")]
+            table.add_row(result["row"], result["name"], *scores, result["episodes"], result["protocol_hash"])
         Console(width=200).print(table)
 
 
