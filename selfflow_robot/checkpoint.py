@@ -12,6 +12,8 @@ import functools
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -312,18 +314,21 @@ def export(path: str | Path, folder: str | Path, weights: str = "ema", results: 
     for result in results:
         if result["checkpoint_hash"] not in (manifest["sha256"], exported):
             raise CheckpointError(f"the results of {result['task']} are those of another checkpoint than {found}")
-    measured = [_measured(result) for result in results] or manifest.get("results", [])
+    measured = [_measured(result, folder) for result in results] or manifest.get("results", [])
     manifest = manifest | {"weights": weights, "sha256": exported, "results": measured}
     write_atomic(folder / "README.md", card(manifest).encode())
     write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
     return folder
 
 
-def _measured(result: dict) -> dict:
-    """What a card says of an evaluation."""
-    names = ("task", "success_rule", "protocol_hash", "command")
+def _measured(result: dict, folder: Path) -> dict:
+    """What a card says of an evaluation; its command is of the exported folder, whose weights were measured."""
+    names = ("task", "success_rule", "protocol_hash")
     protocol = {name: result["protocol"][name] for name in ("protocol", "seeds", "success")}
-    return {name: result[name] for name in names} | protocol | {"summary": result["summary"]}
+    evaluate = re.sub(r" (--)?checkpoint[= ]\S+", "", result["command"])
+    command = {"command": f"{evaluate} --checkpoint {shlex.quote(str(folder))}"}
+    acting = {"policy_settings": result.get("policy_settings", {})}
+    return {name: result[name] for name in names} | protocol | command | acting | {"summary": result["summary"]}
 
 
 def card(manifest: dict) -> str:

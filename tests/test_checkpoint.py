@@ -189,14 +189,14 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
         "checkpoint_hash": checkpoint.load(tmp_path / "run" / "checkpoint")[1]["sha256"],
         "success_rule": "success_final counts the last step",
         "protocol_hash": "abc123",
-        "command": "python experiments/eval_simpler.py --task open_and_place",
+        "command": "python experiments/eval_simpler.py --checkpoint run --task open_and_place",
         "protocol": {"protocol": "random", "seeds": {"first": 10000, "count": 100}, "success": "apple inside"},
         "summary": {"success_final": {"k": 80, "n": 100, "rate": 0.8, "low": 0.71, "high": 0.87}},
     }
     folder = checkpoint.export(tmp_path / "run", tmp_path / "exported", results=[result])
     card = (folder / "README.md").read_text()
     assert "| open_and_place | success final | 80/100 = 80% [71%, 87%] | random, 10000 and on | abc123 |" in card
-    assert result["command"] in card
+    assert f"python experiments/eval_simpler.py --task open_and_place --checkpoint {tmp_path}/exported\n" in card
     assert "- open_and_place: apple inside. success_final counts the last step" in card
     again = checkpoint.export(folder, folder)  # over itself, as with results of the export
     assert (again / "README.md").read_text() == card

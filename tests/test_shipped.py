@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.eval_simpler import evaluate
+from experiments.eval_simpler import ACTING, evaluate
 from policies import load_policy
 from selfflow_robot import checkpoint
 from selfflow_robot.config import EvalConfig
@@ -17,8 +17,10 @@ def test_it_is_small_whole_and_says_what_was_measured():
     card = (checkpoint.SHIPPED / "README.md").read_text()
     assert all(result["command"] in card and result["protocol_hash"] in card for result in manifest["results"])
     # What a newcomer evaluates is what was measured.
+    acting = {name: getattr(EvalConfig, name) for name in ACTING}
     for result in manifest["results"]:
-        assert result["seeds"]["first"] == EvalConfig.first_seed and "--execute" not in result["command"]
+        assert result["policy_settings"] == acting and "--checkpoint checkpoints/google_robot" in result["command"]
+        assert result["protocol"] == "visual_matching" or result["seeds"]["first"] == EvalConfig.first_seed
     load_policy(checkpoint.SHIPPED)
 
 
