@@ -51,7 +51,6 @@ seconds: {step: {tiny: 1.0}, demonstration: 1, episode: 1, probe: 1, modes: 1, i
 FAKE = """
 import json, sys, time
 from pathlib import Path
-from xml.etree import ElementTree
 
 script, words = Path(__file__).stem, sys.argv[1:]
 args = dict(zip(words[::2], words[1::2]))
