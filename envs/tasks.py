@@ -176,10 +176,11 @@ class Task:
         """How many numbered episodes there are; 0 where they are not numbered."""
         return {"near": 60, "put_on": 24}.get(self.kind, 0)
 
-    def draw(self, seed: int) -> dict:
+    def draw(self, seed: int, margin: float = 0.0) -> dict:
         """What upstream's reset draws from `seed`: the choices of this task's `options`, and urdf_version.
 
-        Upstream restarts its stream before every group of draws; keep that to get its episodes.
+        Upstream restarts its stream before every group of draws; keep that to get its episodes. margin (m): `object_xy`
+        is drawn from an area that reaches so much further on every side; upstream has none.
         """
         stream = np.random.RandomState(seed)
 
@@ -203,6 +204,7 @@ class Task:
             drawn["urdf_version"] = choice(URDF_VERSIONS)
         if self.kind in ("pick", "place"):
             low, high = PICK_XY if self.kind == "pick" else PLACE_XY
+            low, high = np.subtract(low, margin), np.add(high, margin)
             drawn["object_xy"] = tuple(np.random.RandomState(seed).uniform(low, high).tolist())
         return drawn
 

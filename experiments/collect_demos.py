@@ -34,6 +34,8 @@ def collect(cfg: CollectConfig, start=None) -> Path:
     """
     tasks = get_tasks(cfg.task)
     shorts = ",".join(task.short for task in tasks)
+    if not 0 <= cfg.margin < np.inf or (cfg.margin and not any("object_xy" in task.options for task in tasks)):
+        raise ValueError(f"margin {cfg.margin} (m, from 0) is for tasks that place an object anywhere; got {shorts}")
     root = Path("data") / (cfg.name or "+".join(task.short for task in tasks))
     keep_failures = cfg.keep_failures or cfg.policy is not None
     attempts = read_attempts(root, {"task": shorts, "width": cfg.width, "height": cfg.height})
@@ -101,7 +103,9 @@ def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failure
     expert = make_expert(env, np.random.default_rng([seed, 0]), cfg.variation)
     rng = np.random.default_rng([seed, 1])
     demonstrator = Demonstrator(expert, rng, cfg.disturbance, driver, cfg.policy_fraction, hold=HOLD_STEPS)
-    episode = rollout(env, demonstrator, seed, linger=LINGER)
+    drawn = env.unwrapped.task.draw(seed, cfg.margin) if cfg.margin else {}
+    place = {"object_xy": drawn["object_xy"]} if "object_xy" in drawn else {}
+    episode = rollout(env, demonstrator, seed, linger=LINGER, options=place)
     if episode.success_final or keep_failures:
         arrays = (episode.frames, episode.proprio, episode.action, episode.executed)
         robot, fps = env.unwrapped.task.robot, env.unwrapped.control_freq

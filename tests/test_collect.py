@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fakes import InlineWorkers, LineEnv, LineExpert
 
+from envs.tasks import get_task
 from experiments.collect_demos import collect, record
 from selfflow_robot.config import CollectConfig
 from selfflow_robot.data import DatasetError, committed_seeds, open_dataset
@@ -124,6 +125,20 @@ def test_the_expert_varies_as_told(folder, variation):
     assert [given for given, _ in told] == [variation] * 3
     first, again, other = (state for _, state in told)
     assert first == again != other  # the seed's own
+
+
+def test_a_margin_moves_the_object_where_there_is_one(folder):
+    env = LineEnv(width=32, height=16)
+    for name, there in (("open_and_place", True), ("open_drawer", False)):
+        env.task = get_task(name)
+        for margin in (0.0, 0.04):
+            told = config(margin=margin)
+            record(env, lambda env, *_: LineExpert(env), None, told, f"data/{name}_{margin}", False, 1)
+            place = {"object_xy": env.task.draw(1, 0.04)["object_xy"]} if there and margin else {}
+            assert env.options == {"reconfigure": True, **place}
+    for wrong in (config(task="open_drawer", margin=0.04), config(task="open_and_place", margin=-0.04)):
+        with pytest.raises(ValueError, match="margin"):
+            collect(wrong, start)
 
 
 def test_another_kind_of_data_set_is_refused(folder):

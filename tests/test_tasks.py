@@ -11,7 +11,17 @@ from scipy.spatial.transform import Rotation
 
 from envs import make_env
 from envs.protocol import PICK_GRID
-from envs.tasks import DISTRACTORS, TASKS, Variant, get_task, get_tasks, next_episode_seed, plain_name
+from envs.tasks import (
+    DISTRACTORS,
+    PICK_XY,
+    PLACE_XY,
+    TASKS,
+    Variant,
+    get_task,
+    get_tasks,
+    next_episode_seed,
+    plain_name,
+)
 
 HERE = Path(__file__).parent
 VECTORS = json.loads((HERE / "simpler_vectors.json").read_text())  # made by upstream, as are the resets
@@ -177,6 +187,18 @@ def test_the_draws_are_even():
                                 ("move_near", "episode_id", 60), ("stack_cube", "episode_id", 24)):  # fmt: skip
         drawn = Counter(get_task(name).draw(seed)[option] for seed in range(20 * count))
         assert len(drawn) == count and min(drawn.values()) > 5 and max(drawn.values()) < 45
+
+
+@pytest.mark.parametrize("name", ["open_and_place", "pick_coke_can"])
+def test_a_margin_widens_the_draw_of_places_and_nothing_else(name):
+    task, margin = get_task(name), 0.04
+    plain, wide = ([task.draw(seed, m) for seed in range(200)] for m in (0.0, margin))
+    a, b = (np.array([drawn.pop("object_xy") for drawn in draws]) for draws in (plain, wide))
+    assert plain == wide
+    low, high = {"open_and_place": PLACE_XY, "pick_coke_can": PICK_XY}[name]
+    shares = (a - low) / np.subtract(high, low)  # of the area, the same in the wider one
+    np.testing.assert_allclose(b, np.subtract(low, margin) + shares * (np.subtract(high, low) + 2 * margin), atol=1e-12)
+    assert ((b < low) | (b > high)).any(1).mean() > 0.3
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
