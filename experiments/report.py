@@ -355,12 +355,14 @@ PAGE = Template("""<!doctype html>
   :root { --text: #e6e8ec; --back: #15171b; --soft: #20242b; --line: #3a404a; --dim: #9aa2af; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
-  max-width: 60rem; margin: 0 auto; padding: 1rem; }
+  max-width: 76rem; margin: 0 auto; padding: 1rem; }
+p, .chart, .note { max-width: 60rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 .scroll { overflow-x: auto; margin: 0.8rem 0; }
 table { border-collapse: collapse; min-width: 100%; white-space: nowrap; }
 th, td { text-align: left; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; }
+th { font-weight: 600; white-space: normal; vertical-align: bottom; }
+.wrap { white-space: normal; }
 .small { color: var(--dim); font-size: 0.85rem; }
 .note { background: var(--soft); border-left: 4px solid #e0761a; padding: 0.5rem 0.8rem; overflow-wrap: anywhere; }
 .key { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; border-radius: 2px; }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -604,7 +605,7 @@ def test_list_shows_states_and_runs_nothing(tiny, capsys):
 
 
 def text_of(path: Path) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", path.read_text().replace("&#x27;", "'")))
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", path.read_text())))
 
 
 def test_report_says_what_the_numbers_say(tiny):
@@ -620,6 +621,8 @@ def test_report_says_what_the_numbers_say(tiny):
     assert "0.002 (10:0)" in text  # McNemar: 2 / 2**10
     assert tiny.hash in text and "Everything that the plan holds was run." in text
     assert "0.50 0.10" not in text and "Self-Flow − plain 0.10" in text  # the probe's difference
+    layers = html[html.index("What the layers know") : html.index("World model and actions")]
+    assert "</span>Self-Flow<" in layers and "</span>kept<" not in layers  # the same pretraining is shown once
     assert "no pretraining" in text and "drawer opened" in text
     assert "<script" not in html and "<link" not in html and "url(http" not in html and "@import" not in html
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', html))

@@ -222,8 +222,8 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
                 early.append([*row, str(length), seeds, estimate])
                 continue
             pairs = analysis.mcnemar(first, second)
-            values = ", ".join(f"{pair.p_value:.2g} ({pair.only_first}:{pair.only_second})" for pair in pairs)
-            rows.append([*row, "success", seeds, estimate, values])
+            values = ", ".join(f"{pair.p_value:.2g}&nbsp;({pair.only_first}:{pair.only_second})" for pair in pairs)
+            rows.append([*row, "success", seeds, estimate, f"<span class='wrap'>{values}</span>"])
             for subgoal in subgoals(outcomes, sides[0]):
                 one, two = outcomes.table(*sides, key=subgoal)
                 if one.size and two.size:
@@ -283,7 +283,8 @@ def probe_section(study: Study, points: list[Point]) -> str:
         html.append(parts.table(["best block", *(escape(t.replace("_", " ")) for t in targets)], rows))
     note = (
         "R^2 of positions, balanced accuracy of the rest, on demonstrations that no run was trained on; 95% intervals "
-        "over training seeds (none for one). Dotted: an untrained network; dashed: a small picture."
+        "over training seeds (none for one). Arms that share a pretraining are shown once. Dotted: untrained; "
+        "dashed: a small picture."
     )
     return "".join(html) + f"<p class='small'>{note}</p>"
 

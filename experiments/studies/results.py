@@ -125,10 +125,14 @@ def read_json(path: Path) -> dict | None:
 
 
 def probes(study: Study, points: list[Point]) -> dict[tuple, dict[int, dict]]:
-    """{(model, data, budget, arm, pretraining length): {training seed: its probe.py result}}, of what is there."""
+    """{(model, data, budget, arm, pretraining length): {training seed: its probe.py result}}, of what is there. Arms
+    that share a pretraining are there once, as the first of them."""
     found: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    owners: dict[tuple, str] = {}
     for point in points:
         for length, backbone in point.backbones if point.last else ():
+            if owners.setdefault((point.model, point.data, point.budget, backbone), point.arm) != point.arm:
+                continue
             path = Path(study.root) / backbone.replace("pretrain_", "probe_", 1) / "results.json"
             if content := read_json(path):
                 key = (point.model, point.data, point.budget, point.arm, length)
