@@ -6,7 +6,6 @@ import numpy as np
 
 from selfflow_robot.interfaces import ACTION_DIM, Env, Observation, Policy
 
-LINGER = 8  # control steps recorded after success in demonstrations: standing clear is learned too
 HOLD_STEPS = 12  # longest wait, arm at home, before the second instruction: so is waiting for it
 NOISE = np.repeat([0.003, 0.012], 3)  # per axis, m and rad: about 5 mm and 0.02 rad in all
 BURSTS, BURST_STEPS, BURST_START = (2, 5), (1, 4), (3, 130)  # how many, how long, when (control steps)

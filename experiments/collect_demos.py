@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.rollout import HOLD_STEPS, LINGER, Demonstrator, rollout
+from envs.rollout import HOLD_STEPS, Demonstrator, rollout
 from envs.tasks import get_tasks
 from envs.workers import Workers, progress, write_json
 from selfflow_robot.config import CollectConfig, EvalConfig, run
@@ -38,6 +38,8 @@ def collect(cfg: CollectConfig, start=None) -> Path:
         raise ValueError(f"margin {cfg.margin} (m, from 0) is for tasks that place an object anywhere; got {shorts}")
     root = Path("data") / (cfg.name or "+".join(task.short for task in tasks))
     keep_failures = cfg.keep_failures or cfg.policy is not None
+    if cfg.linger < 0:
+        raise ValueError(f"linger {cfg.linger}: control steps, from 0")
     attempts = read_attempts(root, {"task": shorts, "width": cfg.width, "height": cfg.height})
     present = committed_seeds(root)
     seeds = (seed for seed in count(cfg.first_seed) if seed not in present and attempts["success"].get(str(seed), True))
@@ -105,7 +107,7 @@ def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failure
     demonstrator = Demonstrator(expert, rng, cfg.disturbance, driver, cfg.policy_fraction, hold=HOLD_STEPS)
     drawn = env.unwrapped.task.draw(seed, cfg.margin) if cfg.margin else {}
     place = {"object_xy": drawn["object_xy"]} if "object_xy" in drawn else {}
-    episode = rollout(env, demonstrator, seed, linger=LINGER, options=place)
+    episode = rollout(env, demonstrator, seed, linger=cfg.linger, options=place)
     if episode.success_final or keep_failures:
         arrays = (episode.frames, episode.proprio, episode.action, episode.executed)
         robot, fps = env.unwrapped.task.robot, env.unwrapped.control_freq

@@ -160,6 +160,7 @@ class CollectConfig:
     policy_fraction: float = key(0.5, "share of stretches it drives")
     variation: float = key(1.0, "of the expert's ways from episode to episode; 0: always alike, its labels then agree")
     disturbance: float = key(0.3, "share of episodes the expert is disturbed in and recovers")
+    linger: int = key(8, "control steps recorded after success; judge.py expects 8. More: what comes after is learned")
     margin: float = key(0.0, "m that the area of an object's places reaches beyond what upstream's seeds draw")
     keep_failures: bool = key(False, "keep episodes without success")
     width: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")

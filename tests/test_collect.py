@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import InlineWorkers, LineEnv, LineExpert
+from fakes import LIMIT, InlineWorkers, LineEnv, LineExpert
 
 from envs.tasks import get_task
 from experiments.collect_demos import collect, record
@@ -110,6 +110,15 @@ def test_with_a_policy_failures_are_kept_and_labelled(folder, inline):
     assert [(e.seed, e.success) for e in dataset.episodes] == [(20, False), (21, False), (22, False)]
     assert (dataset.executed[:, 0] == np.float32(-0.05)).all()
     assert (dataset.action[:, 0] > 0).all()
+
+
+def test_what_comes_after_success_is_recorded_as_told(folder, inline):
+    (folder / "killed").touch()
+    roots = {n: collect(config(name=f"line_{n}", episodes=1, linger=n), start) for n in (0, 3, 8, 100)}
+    lengths = {n: open_dataset(root).episodes[0].length for n, root in roots.items()}
+    assert lengths == {n: min(lengths[0] + n, LIMIT) for n in lengths} and lengths[8] < LIMIT
+    with pytest.raises(ValueError, match="linger -1"):
+        collect(config(linger=-1), start)
 
 
 @pytest.mark.parametrize("variation", [0.0, 1.0])

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from envs.rollout import LINGER
 from experiments import rank_policies
 from policies import judge as judging
 from policies.chunking import ChunkedPolicy
@@ -13,6 +12,7 @@ from policies.flow_policy import FlowPolicy
 from policies.judge import Judge, Seen, best_threshold, orthonormal
 from policies.planning import BestOfN
 from policies.world_model import WorldModelEnv
+from selfflow_robot.config import CollectConfig
 from selfflow_robot.data import open_dataset
 from selfflow_robot.probe import regress
 from selfflow_robot.tokens import Layout
@@ -53,7 +53,7 @@ def observation(seed=0, instruction="open"):
 
 
 def test_the_linger_of_demonstrations_is_known_here():
-    assert judging.LINGER == LINGER
+    assert CollectConfig.linger == judging.LINGER
 
 
 def test_a_regression_finds_a_linear_map_and_repeats_it():
@@ -119,7 +119,7 @@ def test_watches_the_frame_its_actions_lead_to(policy, tmp_path):
     assert np.array_equal(real.executed[first[0]], dataset.executed[starts[0] : starts[0] + 3])
     frame = dataset.frames[starts[0] + jump][None]
     np.testing.assert_allclose(real.features[first[0]], judging.picture_features(policy, frame)[0], atol=1e-5)
-    assert real.remaining[first, 0].tolist() == [max(11 - LINGER - t, 0) for t in range(jump, 12)]
+    assert real.remaining[first, 0].tolist() == [max(11 - judging.LINGER - t, 0) for t in range(jump, 12)]
     assert real.drawer is None
     imagined = judging.watch(policy, dataset, "train", 1000, imagined=True)
     assert not np.allclose(imagined.features, real.features) and np.array_equal(imagined.felt, real.felt)
