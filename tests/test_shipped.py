@@ -30,5 +30,5 @@ def test_it_opens_the_drawer_where_nothing_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results = evaluate(EvalConfig(task="open_top_drawer", episodes=3, workers=1))
     assert results["checkpoint"] == str(checkpoint.SHIPPED)
-    assert results["summary"]["drawer_opened"]["k"] >= 2  # it opens 94 in 100, a policy that learned nothing none
+    assert results["summary"]["drawer_opened"]["k"] >= 2  # it opens 97 in 100, a policy that learned nothing none
     assert json.loads((tmp_path / "runs/eval_google_robot_open_top_drawer/results.json").read_text())["episodes"]
