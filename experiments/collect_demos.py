@@ -36,10 +36,10 @@ def collect(cfg: CollectConfig, start=None) -> Path:
     shorts = ",".join(task.short for task in tasks)
     if not 0 <= cfg.margin < np.inf or (cfg.margin and not any("object_xy" in task.options for task in tasks)):
         raise ValueError(f"margin {cfg.margin} (m, from 0) is for tasks that place an object anywhere; got {shorts}")
-    root = Path("data") / (cfg.name or "+".join(task.short for task in tasks))
-    keep_failures = cfg.keep_failures or cfg.policy is not None
     if cfg.linger < 0:
         raise ValueError(f"linger {cfg.linger}: control steps, from 0")
+    root = Path("data") / (cfg.name or "+".join(task.short for task in tasks))
+    keep_failures = cfg.keep_failures or cfg.policy is not None
     attempts = read_attempts(root, {"task": shorts, "width": cfg.width, "height": cfg.height})
     present = committed_seeds(root)
     seeds = (seed for seed in count(cfg.first_seed) if seed not in present and attempts["success"].get(str(seed), True))

@@ -356,7 +356,7 @@ PAGE = Template("""<!doctype html>
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
   max-width: 76rem; margin: 0 auto; padding: 1rem; }
-p, .chart, .note { max-width: 60rem; }
+p, .chart { max-width: 60rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 .scroll { overflow-x: auto; margin: 0.8rem 0; }
 table { border-collapse: collapse; min-width: 100%; white-space: nowrap; }

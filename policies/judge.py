@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from policies.flow_policy import FlowPolicy
 from selfflow_robot import checkpoint
 from selfflow_robot.codec import to_float
+from selfflow_robot.config import CollectConfig
 from selfflow_robot.data import Dataset, windows
 from selfflow_robot.flow import generator
 from selfflow_robot.interfaces import ENVIRONMENT_NAMES
@@ -27,7 +28,7 @@ from selfflow_robot.probe import PIXEL_GRID, Regression, layer_tokens, pool, reg
 
 GRID = (2, 2)  # that the network's features are averaged to
 BATCH = 32  # windows at once
-LINGER = 8  # control steps that demonstrations go on after success (`CollectConfig.linger`)
+LINGER = CollectConfig.linger  # control steps that demonstrations go on after success
 DRIFT = 0.02  # m and, for the other numbers, their unit: noise on the past proprioception while fitting, so that the
 # picture is believed where the sum of many predictions has gone astray
 SATURATION = 0.1  # m and radians per control step, beyond which the controller moves no faster

@@ -28,7 +28,7 @@ def test_it_is_small_whole_and_says_what_was_measured():
 @pytest.mark.slow
 def test_it_opens_the_drawer_where_nothing_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    results = evaluate(EvalConfig(task="open_top_drawer", episodes=3, workers=1))
+    results = evaluate(EvalConfig(task="open_top_drawer", episodes=1, workers=1))
     assert results["checkpoint"] == str(checkpoint.SHIPPED)
-    assert results["summary"]["drawer_opened"]["k"] >= 2  # it opens 97 in 100, a policy that learned nothing none
+    assert results["summary"]["drawer_opened"]["k"] == 1
     assert json.loads((tmp_path / "runs/eval_google_robot_open_top_drawer/results.json").read_text())["episodes"]
