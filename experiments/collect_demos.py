@@ -25,6 +25,8 @@ from selfflow_robot.data import VIEW, DatasetError, committed_seeds, finalize, w
 from selfflow_robot.metrics import wilson_interval
 
 PATIENCE = 20  # failures allowed beyond one per wanted episode
+# What episodes depend on beside their seed: one data set holds episodes of one kind.
+KIND = ("width", "height", "variation", "disturbance", "linger", "margin", "policy", "policy_fraction", "keep_failures")
 
 
 def collect(cfg: CollectConfig, start=None) -> Path:
@@ -40,7 +42,7 @@ def collect(cfg: CollectConfig, start=None) -> Path:
         raise ValueError(f"linger {cfg.linger}: control steps, from 0")
     root = Path("data") / (cfg.name or "+".join(task.short for task in tasks))
     keep_failures = cfg.keep_failures or cfg.policy is not None
-    attempts = read_attempts(root, {"task": shorts, "width": cfg.width, "height": cfg.height})
+    attempts = read_attempts(root, {"task": shorts} | {name: getattr(cfg, name) for name in KIND})
     present = committed_seeds(root)
     seeds = (seed for seed in count(cfg.first_seed) if seed not in present and attempts["success"].get(str(seed), True))
     allowed = len(attempts["success"]) + 2 * cfg.episodes + PATIENCE
@@ -117,7 +119,8 @@ def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failure
 
 
 def read_attempts(root: Path, kind: dict) -> dict:
-    """collection.json of this data set: its kind, and for every seed tried whether it succeeded."""
+    """collection.json of this data set: its kind, and for every seed tried whether it succeeded. What the file of an
+    older version does not say of its kind is not compared. Raises DatasetError when it is of another kind."""
     path = root / "collection.json"
     if not path.exists():
         wanted = [kind["height"], kind["width"]]
@@ -127,12 +130,13 @@ def read_attempts(root: Path, kind: dict) -> dict:
         write_json(path, {**kind, "success": {}})
     try:
         attempts = json.loads(path.read_text())
-        found = {name: attempts[name] for name in kind}
-        attempts["success"].items()
+        attempts["task"], attempts["success"].items()
+        other = {name: attempts[name] for name in kind if attempts.get(name, kind[name]) != kind[name]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path} is damaged ({error!r}). Delete it and the same command rebuilds it.") from error
-    if found != kind:
-        raise DatasetError(f"{root} holds {found}, not {kind}. Choose another --name.")
+    if other:
+        asked = {name: kind[name] for name in other}
+        raise DatasetError(f"{root} holds episodes of {other}, not {asked}. Choose another --name.")
     return attempts
 
 

@@ -74,7 +74,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask wants it: save_file makes files that only their owner can read
         save_file(tensors, temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         _verify(temporary, tensors)

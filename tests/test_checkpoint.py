@@ -173,6 +173,7 @@ def test_exported_folders_load_like_runs(tmp_path):
         assert manifest["step"] == 7 and manifest["weights"] == weights
         names = load_file(folder / "model.safetensors").keys()
         assert {name.split(".")[0] for name in names} == {"model", "packer"}  # no optimiser
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever reads the card reads the weights
     again = checkpoint.export(tmp_path / "ema", tmp_path / "again")  # of an export
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "ema" / "model.safetensors").read_bytes()
     with pytest.raises(CheckpointError, match="no weights 'teacher': choose ema or model"):

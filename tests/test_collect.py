@@ -150,12 +150,21 @@ def test_a_margin_moves_the_object_where_there_is_one(folder):
             collect(wrong, start)
 
 
-def test_another_kind_of_data_set_is_refused(folder):
+def test_another_kind_of_data_set_is_refused(folder, inline):
     (folder / "data/line").mkdir(parents=True)
     path = folder / "data/line/collection.json"
     path.write_text(json.dumps({"task": "open_and_place", "width": 64, "height": 16, "success": {}}))
     with pytest.raises(DatasetError, match=r"holds .*'width': 64.*--name"):
         collect(config(), start)
+    path.unlink()
+    collect(config(episodes=1, workers=1), start)
+    for name, value in {"linger": 80, "margin": 0.04, "variation": 0.0, "policy": "runs/a"}.items():
+        with pytest.raises(DatasetError, match=rf"holds .*'{name}'.*, not .*'{name}': {value!r}.*--name"):
+            collect(config(episodes=2, workers=1, **{name: value}), start)
+    older = json.loads(path.read_text())
+    del older["linger"]  # a version that did not write it down
+    path.write_text(json.dumps(older))
+    collect(config(episodes=2, workers=1, linger=80), start)
     path.write_text("{")
     with pytest.raises(DatasetError, match=re.escape(str(path.relative_to(folder)))):
         collect(config(), start)
