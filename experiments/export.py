@@ -6,7 +6,8 @@
 
 `checkpoint.load_model`, `policies.load_policy` and --checkpoint of every script take such a folder like a run. It has
 the averaged weights (or --weights model: the ones in training) and no optimiser, so training cannot continue from it;
-fine-tuning can start from it (--pretrained exported/backbone). Evaluations given as --results are in its card.
+fine-tuning can start from it (--pretrained exported/backbone). Evaluations given as --results are in its card, beside
+those that the checkpoint has already where it is an export itself.
 """
 
 import json

@@ -299,7 +299,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 def export(path: str | Path, folder: str | Path, weights: str = "ema", results: Sequence[dict] = ()) -> Path:
     """A run (name or folder) as a folder in Hugging Face's layout, with the evaluation weights or, "model", the ones in
     training; without the optimiser. `load_model` and `policies.load_policy` take it like a run. results: contents of
-    `results.json` of evaluations, of the run or of its export, for the card.
+    `results.json` of evaluations, of the run or of its export, for the card, beside those that an export has already.
 
     Raises CheckpointError when the run cannot be read or the folder not written, or results are another checkpoint's.
     """
@@ -317,7 +317,9 @@ def export(path: str | Path, folder: str | Path, weights: str = "ema", results: 
     for result in results:
         if result["checkpoint_hash"] not in (manifest["sha256"], exported):
             raise CheckpointError(f"the results of {result['task']} are those of another checkpoint than {found}")
-    measured = [_measured(result, folder) for result in results] or manifest.get("results", [])
+    # Those of an export that is written anew stay; measured again by the same protocol, the new ones count.
+    measured = manifest.get("results", []) + [_measured(result, folder) for result in results]
+    measured = list({result["protocol_hash"]: result for result in measured}.values())
     manifest = manifest | {"weights": weights, "sha256": exported, "results": measured}
     write_atomic(folder / "README.md", card(manifest).encode())
     write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
@@ -381,7 +383,8 @@ def _results_table(results: list[dict]) -> str:
     rows = []
     for result in results:
         for name, row in result["summary"].items():
-            seeds = f"{result['protocol']}, {result['seeds']['first']} and on"
+            published = f"published, {result['protocol'].replace('_', ' ')}"
+            seeds = f"random, {result['seeds']['first']} and on" if result["protocol"] == "random" else published
             rate = f"{row['k']}/{row['n']} = {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
             rows.append(
                 f"| {result['task']} | {name.replace('_', ' ')} | {rate} | {seeds} | {result['protocol_hash']} |"
@@ -396,7 +399,7 @@ def _results_table(results: list[dict]) -> str:
 
 It learned from demonstrations in this simulator; published policies learned from data of real robots.
 
-| task | what | rate, 95% Wilson interval | seeds | protocol |
+| task | what | rate, 95% Wilson interval | episodes | protocol |
 |---|---|---|---|---|
 {table}
 

@@ -201,6 +201,14 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     assert "- open_and_place: apple inside. success_final counts the last step" in card
     again = checkpoint.export(folder, folder)  # over itself, as with results of the export
     assert (again / "README.md").read_text() == card
+    published = {"protocol_hash": "def456", "protocol": result["protocol"] | {"protocol": "visual_matching"}}
+    result["checkpoint_hash"] = checkpoint.load(folder)[1]["sha256"]
+    better = {"summary": {"success_final": {"k": 90, "n": 100, "rate": 0.9, "low": 0.83, "high": 0.94}}}
+    checkpoint.export(folder, folder, results=[result | better, result | published])  # beside what it has, or instead
+    card = (folder / "README.md").read_text()
+    assert "| 90/100 = 90% [83%, 94%] | random, 10000 and on | abc123 |" in card
+    assert "| 80/100 = 80% [71%, 87%] | published, visual matching | def456 |" in card
+    assert card.count("/100 =") == 2
     with pytest.raises(CheckpointError, match="open_and_place are those of another checkpoint"):
         checkpoint.export(tmp_path / "run", tmp_path / "x", results=[result | {"checkpoint_hash": "f00"}])
 
