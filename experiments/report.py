@@ -212,17 +212,7 @@ def imagined_section(paths: list[Path]) -> str:
 
 def reproduce_section(arms: list[Arm], cfg: ReportConfig) -> str:
     commands = ["make demo    # everything at small scale; then, for this page:"]
-    for arm in arms:
-        if arm.episodes:
-            options = {
-                "task": arm.results.get("task", "open_and_place"),
-                "checkpoint": arm.results.get("checkpoint"),
-                "episodes": len(arm.episodes),
-                "first_seed": min(arm.episodes),
-                "name": arm.name,
-            }
-            words = [word for k, v in options.items() if v is not None for word in (f"--{k}", str(v))]
-            commands.append(shlex.join(["python", "experiments/eval_simpler.py", *words]))
+    commands += dict.fromkeys(arm.results["command"] for arm in arms if "command" in arm.results)
     words = ["--out", cfg.out]
     for name in ("arms", "training", "imagined"):
         words += [f"--{name}", *getattr(cfg, name)] if getattr(cfg, name) else []

@@ -219,7 +219,7 @@ class ExportConfig:
     checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
     out: str | None = key(None, "folder to write; default exported/<run>")
     weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
-    results: list[str] = key([], "evaluations of it (folders of eval_simpler.py) for the card")
+    results: list[str] = key([], "evaluations of it (folders of eval_simpler.py), to join those in its card")
 
 
 @dataclass

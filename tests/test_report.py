@@ -23,6 +23,7 @@ def write_arm(folder: Path, outcomes: list[bool], first_seed: int = 100, protoco
         episodes.append({"seed": seed, "steps": 120, "video": f"videos/{seed}.mp4", **rates})
     results = {"task": "open_and_place", "checkpoint": "runs/x/checkpoint", "success_rule": "final"}
     results |= {"protocol": {"max_steps": 200}, "protocol_hash": protocol_hash, "episodes": episodes}
+    results["command"] = f"python experiments/eval_simpler.py --protocol visual_matching --name {folder.name}"
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
@@ -55,7 +56,7 @@ def test_numbers(full):
     assert "-29 [-51, -3], p = 0.07, n = 21" in text
     assert "100% 21/21 [85%, 100%]" in text  # drawer opened
     assert "drawer opened" in text and 'class="note"' not in full
-    assert "--task open_and_place --checkpoint runs/x/checkpoint --episodes 21 --first_seed 100" in text
+    assert "\npython experiments/eval_simpler.py --protocol visual_matching --name eval_self_flow\n" in text
 
 
 def test_page_is_self_contained(full):
