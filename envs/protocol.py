@@ -15,6 +15,17 @@ import numpy as np
 from envs.tasks import ORIENTATIONS, PUT_ON, URDF_VERSIONS, VISUAL_MATCHING, Task, Variant, get_task, next_episode_seed
 
 PROTOCOLS = ("random", "visual_matching", "variant_aggregation")
+PUBLISHED = {  # task of ours -> row of the published table (`reference_numbers.json`)
+    "pick_coke_can": "google_robot_pick_coke_can",
+    "move_near_v0": "google_robot_move_near",
+    "open_drawer": "google_robot_open_drawer",
+    "close_drawer": "google_robot_close_drawer",
+    "open_and_place": "google_robot_place_apple_in_closed_top_drawer",
+    "spoon_on_towel": "widowx_spoon_on_towel",
+    "carrot_on_plate": "widowx_carrot_on_plate",
+    "stack_cube": "widowx_stack_cube",
+    "eggplant_in_basket": "widowx_put_eggplant_in_basket",
+}
 # In numbers of its own, so that reading a protocol needs no simulator; a test compares them with the scene's.
 RATES = {"google_robot": (3, 513), "widowx": (5, 500)}  # Hz, control and simulation
 PICTURE_SIZES = {"google_robot": (640, 512), "widowx": (640, 480)}

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from envs.protocol import PHYSICS, average, make_protocol, protocol_episodes, protocol_hash
+from envs.protocol import PHYSICS, PUBLISHED, average, make_protocol, protocol_episodes, protocol_hash
 from envs.rollout import Demonstrator, Episode, HoldStill, rollout
 from envs.tasks import get_task
 from envs.workers import Workers, progress, write_json
@@ -97,6 +97,8 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
     save()
     if len(episodes) < len(seeds):
         print(f"Evaluating {subject} on {task.short} in {folder}: {len(episodes)} of {len(seeds)} episodes are there")
+    if cfg.protocol == "visual_matching" and task.short not in PUBLISHED:
+        print(f"No rate was published for {task.short}, only for {', '.join(PUBLISHED)}: compare this with ours alone.")
     with (
         Workers(start or start_evaluating, (cfg, identity, str(folder)), cfg.workers) as workers,
         progress("episodes", len(seeds)) as update,

@@ -18,21 +18,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from envs.protocol import PUBLISHED
 from envs.tasks import get_task
 from selfflow_robot.metrics import mean_maximum_rank_violation, pearson
 
 NUMBERS = Path(__file__).parent.parent / "envs" / "reference_numbers.json"
-PUBLISHED = {  # task of ours -> row of the published table
-    "pick_coke_can": "google_robot_pick_coke_can",
-    "move_near_v0": "google_robot_move_near",
-    "open_drawer": "google_robot_open_drawer",
-    "close_drawer": "google_robot_close_drawer",
-    "open_and_place": "google_robot_place_apple_in_closed_top_drawer",
-    "spoon_on_towel": "widowx_spoon_on_towel",
-    "carrot_on_plate": "widowx_carrot_on_plate",
-    "stack_cube": "widowx_stack_cube",
-    "eggplant_in_basket": "widowx_put_eggplant_in_basket",
-}
 
 
 def published() -> dict[str, dict]:

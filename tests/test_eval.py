@@ -5,6 +5,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -144,6 +145,21 @@ def test_what_cannot_be_evaluated_says_why(folder, inline, monkeypatch):
     save_checkpoint("backbone", 1.0, kind="pretrain")
     with pytest.raises(ValueError, match=r"backbone.*--pretrained backbone"):
         evaluate(config(policy="checkpoint", checkpoint="backbone"), start)
+
+
+def test_what_cannot_be_compared_with_published_rates_is_said_first(folder, monkeypatch, capsys):
+    class Begun(Exception):
+        pass
+
+    monkeypatch.setattr("experiments.eval_simpler.Workers", Mock(side_effect=Begun))
+    tasks = {"move_near": True, "move_near_v0": False, "open_top_drawer": True, "close_drawer": False}
+    for task, said in tasks.items():
+        with pytest.raises(Begun):
+            evaluate(config(task=task, protocol="visual_matching", name=task), start)
+        assert (f"No rate was published for {task}, only for pick_coke_can" in capsys.readouterr().out) == said
+    with pytest.raises(Begun):
+        evaluate(config(task="move_near", name="random"), start)
+    assert "published" not in capsys.readouterr().out
 
 
 def test_videos_show_every_step_and_the_outcome(folder):
