@@ -78,7 +78,7 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
         "success_rule": protocol["success_rule"],
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": typed(sys.orig_argv),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "sapien", "mani_skill", "numpy")},
         "crashed": [],
@@ -116,6 +116,12 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
             update(len(episodes), f"success {results['summary']['success_final']['k']}" if episodes else "")
     print_table(results, folder)
     return results
+
+
+def typed(argv: list[str]) -> str:
+    """A process's command as one types it in a checkout, wherever that lies (`demo.py` uses full paths)."""
+    root = f"{Path(__file__).resolve().parent.parent}/"
+    return shlex.join(["python", *(word.removeprefix(root) for word in argv[1:])])
 
 
 def identify(cfg: EvalConfig) -> dict:

@@ -20,6 +20,7 @@ from experiments.eval_simpler import (
     evaluate,
     run_episode,
     start_evaluating,
+    typed,
 )
 from policies.chunking import ChunkedPolicy
 from policies.realtime import RealTimePolicy
@@ -145,6 +146,12 @@ def test_what_cannot_be_evaluated_says_why(folder, inline, monkeypatch):
     save_checkpoint("backbone", 1.0, kind="pretrain")
     with pytest.raises(ValueError, match=r"backbone.*--pretrained backbone"):
         evaluate(config(policy="checkpoint", checkpoint="backbone"), start)
+
+
+def test_a_command_names_no_folder_of_this_machine():
+    script = Path(__file__).resolve().parent.parent / "experiments" / "eval_simpler.py"
+    told = typed(["/usr/bin/python3", str(script), "--name", "two words"])
+    assert told == "python experiments/eval_simpler.py --name 'two words'"
 
 
 def test_what_cannot_be_compared_with_published_rates_is_said_first(folder, monkeypatch, capsys):
