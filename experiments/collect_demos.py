@@ -130,7 +130,7 @@ def read_attempts(root: Path, kind: dict) -> dict:
         write_json(path, {**kind, "success": {}})
     try:
         attempts = json.loads(path.read_text())
-        attempts["task"], attempts["success"].items()
+        attempts["success"].items(), [attempts[name] for name in ("task", "width", "height")]  # in every version
         other = {name: attempts[name] for name in kind if attempts.get(name, kind[name]) != kind[name]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path} is damaged ({error!r}). Delete it and the same command rebuilds it.") from error

@@ -317,9 +317,10 @@ def export(path: str | Path, folder: str | Path, weights: str = "ema", results: 
     for result in results:
         if result["checkpoint_hash"] not in (manifest["sha256"], exported):
             raise CheckpointError(f"the results of {result['task']} are those of another checkpoint than {found}")
-    # Those of an export that is written anew stay; measured again by the same protocol, the new ones count.
-    measured = manifest.get("results", []) + [_measured(result, folder) for result in results]
-    measured = list({result["protocol_hash"]: result for result in measured}.values())
+    # Those of an export that is written anew stay; what is measured again, acting alike, replaces what was.
+    measured = [_measured(result, folder) for result in results]
+    again = [_condition(result) for result in measured]
+    measured = [old for old in manifest.get("results", []) if _condition(old) not in again] + measured
     manifest = manifest | {"weights": weights, "sha256": exported, "results": measured}
     write_atomic(folder / "README.md", card(manifest).encode())
     write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
@@ -334,6 +335,11 @@ def _measured(result: dict, folder: Path) -> dict:
     command = {"command": f"{evaluate} --checkpoint {shlex.quote(str(folder))}"}
     acting = {"policy_settings": result.get("policy_settings", {})}
     return {name: result[name] for name in names} | protocol | command | acting | {"summary": result["summary"]}
+
+
+def _condition(result: dict) -> tuple[str, dict]:
+    """What two results of one checkpoint must share to measure the same: the protocol, and how the policy acted."""
+    return result["protocol_hash"], result.get("policy_settings", {})
 
 
 def card(manifest: dict) -> str:

@@ -209,6 +209,12 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     assert "| 90/100 = 90% [83%, 94%] | random, 10000 and on | abc123 |" in card
     assert "| 80/100 = 80% [71%, 87%] | published, visual matching | def456 |" in card
     assert card.count("/100 =") == 2
+    noisy = result | {"policy_settings": {"temperature": 1.0}}  # the same episodes, another way to act
+    checkpoint.export(folder, folder, results=[noisy])
+    card = (folder / "README.md").read_text()
+    assert card.count("| abc123 |") == 2 and card.count("| def456 |") == 1
+    checkpoint.export(folder, folder, results=[noisy])
+    assert (folder / "README.md").read_text() == card
     with pytest.raises(CheckpointError, match="open_and_place are those of another checkpoint"):
         checkpoint.export(tmp_path / "run", tmp_path / "x", results=[result | {"checkpoint_hash": "f00"}])
 

@@ -165,9 +165,10 @@ def test_another_kind_of_data_set_is_refused(folder, inline):
     del older["linger"]  # a version that did not write it down
     path.write_text(json.dumps(older))
     collect(config(episodes=2, workers=1, linger=80), start)
-    path.write_text("{")
-    with pytest.raises(DatasetError, match=re.escape(str(path.relative_to(folder)))):
-        collect(config(), start)
+    for damaged in ("{", json.dumps({name: value for name, value in older.items() if name != "width"})):
+        path.write_text(damaged)
+        with pytest.raises(DatasetError, match=re.escape(str(path.relative_to(folder)))):
+            collect(config(), start)
     with pytest.raises(ValueError, match="unknown task 'fridge'; known: open_and_place"):
         collect(config(task="fridge"), start)
 
