@@ -168,7 +168,7 @@ def test_another_kind_of_data_set_is_refused(folder, inline):
     for damaged in ("{", json.dumps({name: value for name, value in older.items() if name != "width"})):
         path.write_text(damaged)
         with pytest.raises(DatasetError, match=re.escape(str(path.relative_to(folder)))):
-            collect(config(), start)
+            collect(config(episodes=2), start)
     with pytest.raises(ValueError, match="unknown task 'fridge'; known: open_and_place"):
         collect(config(task="fridge"), start)
 
