@@ -133,10 +133,17 @@ def benchmark_memory(task: str, resets: int) -> dict:
 
 
 def benchmark_train(
-    model: str, batch_size: int, rounds: int, device: str, reference: Path | None = None, data: Path | None = None
+    model: str,
+    batch_size: int,
+    rounds: int,
+    device: str,
+    reference: Path | None = None,
+    data: Path | None = None,
+    compiled: bool = False,
 ) -> dict:
-    """Whole training steps of both methods, scalar against per-token levels, fp32 against bf16, ours against the
-    published network, interleaved so that all meet the same machine; medians of `rounds`, ratios round by round."""
+    """Whole training steps of both methods, scalar against per-token levels, fp32 against bf16, with and without
+    torch.compile, ours against the published network, interleaved so that all meet the same machine; medians of
+    `rounds`, ratios round by round."""
     import torch
 
     from selfflow_robot import plan
@@ -151,6 +158,8 @@ def benchmark_train(
     batch = {"video": torch.randint(0, 256, (batch_size, 3, 128, 160, 3), dtype=torch.uint8)}
     steps = {method: training_steps(network, packer, batch, method) for method in ("flow_matching", "self_flow")}
     variants = {f"step {method}": take for method, take in steps.items()}
+    if compiled:
+        variants |= {f"compiled {m}": training_steps(network, packer, batch, m, compiled) for m in steps}
     variants |= level_steps(network, packer.pack(batch, "pretrain"))
     variants |= precision_steps(network, packer.pack(batch, "pretrain"))
     variants |= draw_steps(network, packer, batch_size)
@@ -161,6 +170,8 @@ def benchmark_train(
         "selfflow_step_ratio": ("step self_flow", "step flow_matching"),
         "per_token_ratio": ("per-token levels", "scalar levels"),
         "bf16_speedup": ("fp32", "bf16"),
+        "compile_speedup": ("step flow_matching", "compiled flow_matching"),
+        "compile_speedup_self_flow": ("step self_flow", "compiled self_flow"),
         "draws_speedup": ("4 draws, each alone", "4 draws"),
         "reference_forward_speedup": ("published forward", "our forward"),
         "reference_step_speedup": ("published step", "our step"),
@@ -187,7 +198,7 @@ def benchmark_train(
     return result
 
 
-def training_steps(network, packer, batch: dict, method: str) -> Callable[[], None]:
+def training_steps(network, packer, batch: dict, method: str, compiled: bool = False) -> Callable[[], None]:
     """One call is one step of `train.train`: pack, loss, backward, clip, optimiser, averaged weights."""
     from copy import deepcopy
 
@@ -196,6 +207,9 @@ def training_steps(network, packer, batch: dict, method: str) -> Callable[[], No
 
     schedule = train.TrainConfig(steps=1_000_000)
     state, goal = train.new_state(deepcopy(network), schedule), objective(method, given_noise=0.2)
+    if compiled:
+        state.model.compile_blocks()
+        state.teacher.compile_blocks()
 
     def loss_fn(model, teacher, batch, generator):
         return loss(model, teacher, packer.pack(batch, "pretrain"), goal, generator)
@@ -518,7 +532,9 @@ def main():
     )
     parser.add_argument("--checkpoint", help="a run instead of an untrained preset (policy)")
     parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (policy)")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile: minutes first (policy)")
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile: a minute or more first (train, policy)"
+    )
     parser.add_argument("--reference", type=Path, help="checkout of the published Self-Flow (train)")
     parser.add_argument("--data", type=Path, help="a data set, to time the loader too (train)")
     parser.add_argument("--json", action="store_true", help="print one object instead of lines")
@@ -532,7 +548,7 @@ def main():
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         a = arguments
         if arguments.what == "train":
-            result = benchmark_train(a.model, a.batch_size, a.rounds, device, a.reference, a.data)
+            result = benchmark_train(a.model, a.batch_size, a.rounds, device, a.reference, a.data, a.compile)
             text = lines(result)
         else:
             result = benchmark_policy(a.model, a.checkpoint, a.sample_steps, a.rounds, device, a.compile)

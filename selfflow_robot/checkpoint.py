@@ -389,8 +389,8 @@ def _results_table(results: list[dict]) -> str:
     rows = []
     for result in results:
         for name, row in result["summary"].items():
-            published = f"published, {result['protocol'].replace('_', ' ')}"
-            seeds = f"random, {result['seeds']['first']} and on" if result["protocol"] == "random" else published
+            protocol = result["protocol"].replace("_", " ")
+            seeds = f"random, {result['seeds']['first']} and on" if protocol == "random" else protocol
             rate = f"{row['k']}/{row['n']} = {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
             rows.append(
                 f"| {result['task']} | {name.replace('_', ' ')} | {rate} | {seeds} | {result['protocol_hash']} |"

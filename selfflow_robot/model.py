@@ -30,6 +30,7 @@ BYTE_DIM = 32
 LEVEL_DIM = 128
 FREQUENCIES = 8  # per coordinate, in the added position
 ACTIONS = 8  # a usual horizon: a sum over actions is divided by it
+COMPILED = 64  # times a block may be compiled: fine-tuning needs more than the 8 after which torch leaves it as it is
 CHANGE = 0.3  # prior variance of a latent's change since the given frame; latents have variance 1
 
 
@@ -249,9 +250,10 @@ class Model(nn.Module):
         self.init_weights()
 
     def compile_blocks(self, **options) -> None:
-        """torch.compile of every block, with its options. All blocks share their code, so one is compiled."""
+        """torch.compile of every block, with its options. All blocks share their code, so one is compiled, anew for
+        what differs in more than a size: roles, levels, with and without a gradient."""
         for block in self.blocks:
-            block.compile(**options)
+            block.compile(recompile_limit=COMPILED, **options)
 
     def for_inference(self, device: torch.device, compiled: bool = False) -> "Model":
         """A copy to sample with: matrices in bf16 where `precision` computes in it, which saves casting them at every

@@ -6,6 +6,8 @@ that was not, and several processes take the steps that one would take alone (`p
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -144,6 +146,8 @@ def begin(cfg: TrainingConfig, model: Model, processes: Processes) -> State:
     model.activation_checkpointing = cfg.activation_checkpointing
     state = new_state(model, schedule(cfg), processes)
     if cfg.compile:
+        if next(model.parameters()).device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("compile needs a C++ compiler: install g++ or name one in CXX, or leave compile off")
         state.model.compile_blocks()
         state.teacher.compile_blocks()
     return state
@@ -345,17 +349,21 @@ def fit(
                 metrics["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             if flops_per_step and peak_flops:
                 metrics["mfu"] = flops_per_step / (metrics["step_s"] * peak_flops * processes.count)
-            if step % validate_every == 0 or last:
+            if last or is_due(step, validate_every):
                 with precision(device):
                     metrics |= validate(state.teacher)
             report(step, metrics)
-            if sample and sample_every and (step % sample_every == 0 or last):
+            if sample and sample_every and (last or is_due(step, sample_every)):
                 with precision(device):
                     video = sample(state.teacher)
                 report.video(step, video)
-            if step % save_every == 0 or last:
+            if last or is_due(step, save_every):
                 report.flush()
                 save()
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def keep_metrics(path: Path, step: int) -> None:

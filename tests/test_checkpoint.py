@@ -207,7 +207,7 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     checkpoint.export(folder, folder, results=[result | better, result | published])  # beside what it has, or instead
     card = (folder / "README.md").read_text()
     assert "| 90/100 = 90% [83%, 94%] | random, 10000 and on | abc123 |" in card
-    assert "| 80/100 = 80% [71%, 87%] | published, visual matching | def456 |" in card
+    assert "| 80/100 = 80% [71%, 87%] | visual matching | def456 |" in card
     assert card.count("/100 =") == 2
     noisy = result | {"policy_settings": {"temperature": 1.0}}  # the same episodes, another way to act
     checkpoint.export(folder, folder, results=[noisy])

@@ -1,4 +1,5 @@
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from selfflow_robot.model import (
     rotate,
     rotation,
 )
+from selfflow_robot.selfflow import loss, objective
 from selfflow_robot.tokens import GENERATED, GIVEN
 from tests.synthetic import SMALL, make_batch, make_model, make_packer
 
@@ -200,6 +202,22 @@ def test_blocks_compile_whole_and_mean_the_same(mode):
         gradients.append([*outputs, model.blocks[0].qkv.weight.grad])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_fine_tuning_leaves_no_batch_uncompiled():
+    """Every role, with and without committed actions, of student and teacher: more shapes than torch keeps by default,
+    beyond which it says so once and runs the blocks as they are."""
+    student = make_model(PACKER)
+    teacher = deepcopy(student).eval().requires_grad_(False)
+    torch.compiler.reset()
+    for model in (student, teacher):
+        model.compile_blocks(backend="eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for mode in MODES:
+            for committed in (0, 1, 2) if mode in ("policy", "joint_plan") else (0,):
+                config = objective("self_flow", action_noise="own", draws=4 if mode == "policy" else 1)
+                tokens = PACKER.pack(make_batch(), mode, committed)
+                loss(student, teacher, tokens, config, torch.Generator().manual_seed(0))[0].backward()
 
 
 def test_wrong_sizes_are_refused():

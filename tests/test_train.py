@@ -16,7 +16,7 @@ from experiments.pretrain import pretrain
 from selfflow_robot import checkpoint, model, train
 from selfflow_robot.checkpoint import CheckpointError
 from selfflow_robot.config import FinetuneConfig, PretrainConfig
-from selfflow_robot.processes import part_loss
+from selfflow_robot.processes import ALONE, part_loss
 from selfflow_robot.selfflow import METHODS, SelfFlowConfig, loss, objective
 from selfflow_robot.train import TrainConfig
 from tests.synthetic import SMALL, make_batch, make_model, make_packer, write_dataset
@@ -99,6 +99,12 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, optimizer)
         assert [line["step"] for line in lines if "validation/x" in line] == [3, 6]
     fit(tmp_path / "other", replace(config, seed=1))
     assert not same(tmp_path / "whole", tmp_path / "other")
+
+
+def test_compiling_without_a_compiler_names_the_remedy(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler: install g\+\+"):
+        train.begin(PretrainConfig(compile=True), make_model(make_packer()), ALONE)
 
 
 def test_a_finished_run_does_nothing_and_more_steps_continue_it(tmp_path):
@@ -370,6 +376,13 @@ def test_scripts_resume_to_the_bit(workplace):
     assert same(whole, part)
     with pytest.raises(CheckpointError, match=r"lr: 0\.001 there, 0.5 now"):
         pretrain(PretrainConfig(name="whole", lr=0.5, **PRETRAIN, **COMMON))
+
+
+def test_zero_is_once_at_the_end(workplace):
+    run = pretrain(PretrainConfig(name="p", **PRETRAIN, steps=3, save_every=0, validate_every=0))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation/loss_video" in line] == [3]
+    assert checkpoint.load(run / "checkpoint")[1]["step"] == 3
 
 
 def test_from_scratch_says_so(workplace, capsys):
