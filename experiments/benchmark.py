@@ -490,6 +490,8 @@ def lines(result: dict) -> list[str]:
     """Of `benchmark_train`, for people."""
     limits = {"selfflow_step_ratio": "at most 1.27", "per_token_ratio": "at most 1.05", "bf16_speedup": "2 with AMX"}
     limits |= {
+        "compile_speedup": "above 1",
+        "compile_speedup_self_flow": "above 1",
         "draws_speedup": "above 1",
         "reference_forward_speedup": "1.3",
         "reference_step_speedup": "1.3",
