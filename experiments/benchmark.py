@@ -176,7 +176,7 @@ def benchmark_train(
         "reference_forward_speedup": ("published forward", "our forward"),
         "reference_step_speedup": ("published step", "our step"),
     }
-    measured = {key: spread(samples[a], samples[b]) for key, (a, b) in ratios.items() if a in samples}
+    measured = {key: spread(samples[a], samples[b]) for key, (a, b) in ratios.items() if {a, b} <= samples.keys()}
     tokens, goals = plan.blank_tokens(packer, "pretrain"), {m: objective(m) for m in steps}
     flops = {m: plan.step_flops(config, packer.channels, tokens, goals[m], batch_size) for m in steps}
     seconds = {name: statistics.median(times) for name, times in samples.items()}
