@@ -6,6 +6,7 @@
     python experiments/benchmark.py vector --workers 2            several environments against one
     python experiments/benchmark.py memory --resets 1000          resident memory over many resets
     python experiments/benchmark.py train --model small           what Self-Flow, per-token levels and noise draws cost
+    python experiments/benchmark.py train --compile               and what torch.compile saves, after a minute of it
     python experiments/benchmark.py train --reference ../Self-Flow   and against the published network
     python experiments/benchmark.py policy --model small          from an observation to its actions, p50 and p95
 
