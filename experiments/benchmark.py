@@ -160,7 +160,7 @@ def benchmark_train(
     steps = {method: training_steps(network, packer, batch, method) for method in ("flow_matching", "self_flow")}
     variants = {f"step {method}": take for method, take in steps.items()}
     if compiled:
-        variants |= {f"compiled {m}": training_steps(network, packer, batch, m, compiled) for m in steps}
+        variants |= {f"compiled {m}": training_steps(network, packer, batch, m, compiled=True) for m in steps}
     variants |= level_steps(network, packer.pack(batch, "pretrain"))
     variants |= precision_steps(network, packer.pack(batch, "pretrain"))
     variants |= draw_steps(network, packer, batch_size)
@@ -209,8 +209,7 @@ def training_steps(network, packer, batch: dict, method: str, compiled: bool = F
     schedule = train.TrainConfig(steps=1_000_000)
     state, goal = train.new_state(deepcopy(network), schedule), objective(method, given_noise=0.2)
     if compiled:
-        state.model.compile_blocks()
-        state.teacher.compile_blocks()
+        train.compile_blocks(state)
 
     def loss_fn(model, teacher, batch, generator):
         return loss(model, teacher, packer.pack(batch, "pretrain"), goal, generator)

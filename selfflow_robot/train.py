@@ -146,11 +146,16 @@ def begin(cfg: TrainingConfig, model: Model, processes: Processes) -> State:
     model.activation_checkpointing = cfg.activation_checkpointing
     state = new_state(model, schedule(cfg), processes)
     if cfg.compile:
-        if next(model.parameters()).device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError("compile needs a C++ compiler: install g++ or name one in CXX, or leave compile off")
-        state.model.compile_blocks()
-        state.teacher.compile_blocks()
+        compile_blocks(state)
     return state
+
+
+def compile_blocks(state: State) -> None:
+    """Of student and teacher. ValueError where no compiler is found."""
+    if next(state.model.parameters()).device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("compile needs a C++ compiler: install g++ or name one in CXX, or leave compile off")
+    state.model.compile_blocks()
+    state.teacher.compile_blocks()
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
