@@ -197,7 +197,7 @@ def test_trainings_are_shared_and_come_in_order(tiny):
     pretrained = [job.name for job in jobs if job.kind == "pretrain" and "flow_matching" in job.name]
     assert pretrained == [f"pretrain_flow_matching_tiny_8_seed0_at_{n}" for n in (50, 62, 100, 125)]  # one run
     points = plan.points(tiny, 1)
-    policies = {(p.arm, p.budget): p.policy for p in points if p.last}
+    policies = {(p.arm, p.setting.budget): p.policy for p in points if p.last}
     assert policies["self_flow", "steps"] == policies["self_flow", "compute"]
     assert policies["flow_matching", "steps"] != policies["flow_matching", "compute"]
     kept = next(job for job in jobs if job.name == policies["kept", "compute"])
@@ -214,6 +214,32 @@ def test_more_seeds_go_to_the_primary_comparison_alone(tiny):
     assert {point.seed for point in more if point.block == 0} == {0, 1}
     assert {point.seed for point in more if point.block == 1} == {0}
     assert {job.name for job in expand(tiny, 1)} < {job.name for job in expand(tiny, 2)}
+
+
+def test_few_labels_share_the_pretraining_on_all_video(tmp_path):
+    path = tmp_path / "few.yaml"
+    few = TEXT.replace(
+        "plan:", "plan:\n  - {model: tiny, data: 8, labels: 4, budget: steps, arms: [flow_matching, none]}"
+    )
+    path.write_text(few)
+    study = plan.load(path)
+    points = plan.points(study, 1)
+    jobs = {job.name: job for job in plan.jobs(study, points)}
+    blocks = [[p for p in points if p.block == block and p.arm == "flow_matching" and p.last] for block in (0, 1)]
+    (labelled,), (whole,) = blocks
+    assert labelled.backbones == whole.backbones and labelled.policy != whole.policy
+    for point, folder in ((labelled, "data/open_and_place_4"), (whole, "data/open_and_place_8")):
+        last = jobs[point.policy]
+        while last.needs[0].startswith("finetune"):
+            last = jobs[last.needs[0]]
+        assert f"--data {folder} " in " ".join(last.commands[0])
+        assert set(last.needs) == {point.backbones[-1][1], f"collect_{Path(folder).name}"}
+        assert "--data data/open_and_place_8 " in " ".join(jobs[point.backbones[-1][1]].commands[0])
+    cells = results.by_cell(points)
+    assert all(len({point.policy for point in seeds}) == 1 for seeds in cells.values())
+    assert "8 demonstrations, 4 of them with actions" in page.heading(labelled.setting)
+    assert "with actions" not in page.heading(whole.setting)
+    assert page.setting_cells(labelled.setting) == ["tiny", "8, 4 of them with actions", "steps"]
 
 
 def test_every_arm_meets_the_same_episodes(tiny):
@@ -258,6 +284,7 @@ def test_the_comparison_holds_what_was_asked_for():
         ("question:", "quest:", "question"),
         ("arms: [flow_matching, self_flow]}", "arms: [flow_matching, other]}", "block 0"),
         ("budget: steps, arms", "budget: hours, arms", "block 0"),
+        ("budget: steps, arms", "labels: 9, budget: steps, arms", "labels must be 1 to 8"),
         ("first: self_flow", "first: kept", "primary comparison"),
         ("lengths: [40, 80]", "lengths: [80, 40]", "must rise"),
         ("pretrain: {flow_matching: 1.0, self_flow: 1.25}", "pretrain: {self_flow: 1.25}", "no cost"),

@@ -13,8 +13,8 @@ from string import Template
 from selfflow_robot.metrics import Estimate
 
 from . import analysis, plan, results
-from .plan import Job, Point, Study
-from .results import Outcomes
+from .plan import Job, Point, Setting, Study
+from .results import Cell, Outcomes
 
 if __package__ == "experiments.studies":  # imported, by a test; else study.py runs as a script, beside report.py
     from experiments import report as parts
@@ -83,7 +83,7 @@ def sentence(study: Study, points: list[Point], outcomes: Outcomes, look: int) -
     rates, gap = found
     seeds, point = len(arms[0]), arms[0][0]
     about = (
-        f"{study.task.replace('_', ' ')}, {point.data} demonstrations, equal {point.budget}, "
+        f"{study.task.replace('_', ' ')}, {demonstrations(point.setting)}, equal {point.setting.budget}, "
         f"{seeds} training seed{'s' if seeds > 1 else ''} per arm, {len(results.wanted(study, point))} episodes each"
     )
     text = analysis.conclusion((first, second), rates, gap, study.primary["margin"], about)
@@ -135,7 +135,7 @@ def state_section(study: Study, jobs: list[Job], states: dict[str, str], plans: 
         for arm in block["arms"]:
             before, after = plan.steps(study, arm, block["budget"])
             shown = [str(max(before.values())) if before else "none", ", ".join(map(str, after.values()))]
-            rows.append([str(number + 1), *setting(block), key(study, arm), *shown])
+            rows.append([str(number + 1), *setting_cells(Setting.of(block)), key(study, arm), *shown])
     head = ["block", "model", "demonstrations", "equal", "arm", "pretraining steps", "fine-tuning steps, evaluated at"]
     costs = ", ".join(f"{name} {cost}" for name, cost in study.cost["pretrain"].items())
     return (
@@ -149,16 +149,16 @@ def success_section(study: Study, points: list[Point], outcomes: Outcomes) -> st
     cells = results.by_cell(points)
     html = []
     for where in settings(points):
-        ours = {c: seeds for c, seeds in cells.items() if c[:3] == where and outcomes.complete(seeds)}
+        ours = {c: seeds for c, seeds in cells.items() if c.setting == where and outcomes.complete(seeds)}
         if not ours:
             continue
-        arms, lengths = list(dict.fromkeys(c[3] for c in ours)), sorted({c[4] for c in ours})
+        arms, lengths = list(dict.fromkeys(c.arm for c in ours)), sorted({c.length for c in ours})
         html.append(f"<h3>{heading(where)}</h3>" + curve_chart(study, ours, arms, outcomes))
         rows = []
         for arm in arms:
             row = [key(study, arm)]
             for length in lengths:
-                seeds = ours.get((*where, arm, length), [])
+                seeds = ours.get(Cell(where, arm, length), [])
                 (table,) = outcomes.table(seeds) if seeds else [None]
                 row.append(rate_cell(table) if table is not None and table.size else "")
             rows.append(row)
@@ -178,7 +178,8 @@ def curve_chart(study: Study, cells: dict, arms: list[str], outcomes: Outcomes) 
     pyplot = parts.load_pyplot()
     figure, axis = pyplot.subplots(figsize=(7, 3))
     for place, arm in enumerate(arms):
-        shown = sorted((c[4], analysis.rate(outcomes.table(seeds)[0])) for c, seeds in cells.items() if c[3] == arm)
+        ours = {c.length: seeds for c, seeds in cells.items() if c.arm == arm}
+        shown = sorted((length, analysis.rate(outcomes.table(seeds)[0])) for length, seeds in ours.items())
         # Moved sideways a little, or the intervals of arms hide each other.
         x = [length * (1 + 0.01 * (place - (len(arms) - 1) / 2)) for length, _ in shown]
         y = [100 * estimate.value for _, estimate in shown]
@@ -193,16 +194,16 @@ def curve_chart(study: Study, cells: dict, arms: list[str], outcomes: Outcomes) 
     return f'<div class="scroll wide">{parts.draw(figure, "success against training steps")}</div>'
 
 
-def comparisons(study: Study, points: list[Point]) -> list[tuple[tuple, str, str]]:
+def comparisons(study: Study, points: list[Point]) -> list[tuple[Setting, str, str]]:
     """(setting, arm, what it is compared with) in the order of the plan."""
-    there = {results.cell(point)[:4] for point in points}
+    there = {(point.setting, point.arm) for point in points}
     found = [
-        ((block["model"], block["data"], block["budget"]), arm, other)
+        (Setting.of(block), arm, other)
         for block in study.plan
         for arm in block["arms"]
         for other in study.arms[arm].get("against", [])
     ]
-    return [one for one in dict.fromkeys(found) if {(*one[0], one[1]), (*one[0], one[2])} <= there]
+    return [one for one in dict.fromkeys(found) if {one[:2], one[::2]} <= there]
 
 
 def difference_section(study: Study, points: list[Point], outcomes: Outcomes) -> str:
@@ -211,11 +212,11 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
     rows, early = [], []
     for where, arm, other in comparisons(study, points):
         for length in study.finetune["lengths"]:
-            sides = [cells.get((*where, name, length), []) for name in (arm, other)]
+            sides = [cells.get(Cell(where, name, length), []) for name in (arm, other)]
             first, second = outcomes.table(*sides)
             if not first.size or not second.size:
                 continue
-            row = [*setting(where), f"{key(study, arm)} − {key(study, other)}"]
+            row = [*setting_cells(where), f"{key(study, arm)} − {key(study, other)}"]
             estimate = difference_text(analysis.difference(first, second))
             seeds = f"{len(first)}, {len(second)}"
             if length != last:
@@ -252,7 +253,7 @@ def probe_section(study: Study, points: list[Point]) -> str:
     pyplot, html = parts.load_pyplot(), []
     last = max(study.pretrain["lengths"])
     for where in settings(points):
-        ours = {arm: runs for (*place, arm, length), runs in found.items() if tuple(place) == where and length == last}
+        ours = {arm: runs for (place, arm, length), runs in found.items() if place == where and length == last}
         if not ours:
             continue
         targets = common_targets(ours.values())
@@ -300,7 +301,7 @@ def modes_section(study: Study, points: list[Point]) -> str:
         return parts.note("No measurement of the modes is finished yet.")
     html = []
     for where in settings(points):
-        ours = {arm: seeds for (*place, arm), seeds in found.items() if tuple(place) == where}
+        ours = {arm: seeds for (place, arm), seeds in found.items() if place == where}
         if not ours:
             continue
         (idle, *_), rows = ours.pop(results.IDLE).values(), []
@@ -335,7 +336,7 @@ def cosine_section(study: Study, points: list[Point]) -> str:
     curves: dict[str, list[tuple[int, float]]] = {}
     seen = set()
     for point in points:
-        if point.backbones and point.seed == 0 and point.budget == "steps" and point.arm not in curves:
+        if point.backbones and point.seed == 0 and point.setting.budget == "steps" and point.arm not in curves:
             run = plan.split(point.backbones[-1][1])[0]
             read = parts.read_curves(Path(study.root) / run / "metrics.jsonl").get("cosine", {})
             line = sorted(read.items())[:: max(len(read) // CURVE_POINTS, 1)]
@@ -399,7 +400,7 @@ def block_progress(study: Study, points: list[Point], states: dict[str, str]) ->
     for number, block in enumerate(study.plan):
         names = {point.evaluation for point in points if point.block == number}
         finished = sum(states.get(name) == "done" for name in names)
-        rows.append([str(number + 1), *setting(block), f"{finished} of {len(names)}"])
+        rows.append([str(number + 1), *setting_cells(Setting.of(block)), f"{finished} of {len(names)}"])
     return rows
 
 
@@ -423,19 +424,22 @@ def why_kind(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
-def settings(points: list[Point]) -> list[tuple[str, int, str]]:
-    return list(dict.fromkeys((point.model, point.data, point.budget) for point in points))
+def settings(points: list[Point]) -> list[Setting]:
+    return list(dict.fromkeys(point.setting for point in points))
 
 
-def setting(where: dict | tuple) -> list[str]:
-    """Cells of a table."""
-    values = [where[name] for name in ("model", "data", "budget")] if isinstance(where, dict) else where
-    return [escape(str(value)) for value in values]
+def setting_cells(where: Setting) -> list[str]:
+    """Of a table: model, demonstrations, equal."""
+    return [escape(where.model), demonstrations(where).replace(" demonstrations", ""), escape(where.budget)]
 
 
-def heading(where: tuple[str, int, str]) -> str:
-    model, data, budget = setting(where)
-    return f"{data} demonstrations, preset {model}, equal {budget}"
+def demonstrations(where: Setting) -> str:
+    few = where.labels < where.data
+    return f"{where.data} demonstrations" + (f", {where.labels} of them with actions" if few else "")
+
+
+def heading(where: Setting) -> str:
+    return f"{demonstrations(where)}, preset {escape(where.model)}, equal {escape(where.budget)}"
 
 
 def colour(study: Study, arm: str) -> str:

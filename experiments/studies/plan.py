@@ -27,8 +27,8 @@ class Study:
     question: str
     task: str
     arms: dict[str, dict]  # {arm: {label, pretrain, finetune, against}}
-    plan: list[dict]  # blocks {model, data, budget, arms}, the most important first
-    primary: dict  # {first, second, model, data, budget, margin}: the one comparison that decides
+    plan: list[dict]  # blocks {model, data, labels, budget, arms}, the most important first
+    primary: dict  # {first, second, model, data, labels, budget, margin}: the one comparison that decides
     looks: list[int]  # training seeds per arm at each look of the stopping rule
     pretrain: dict  # {lengths, settings}
     finetune: dict
@@ -49,11 +49,23 @@ class Study:
         return f"runs/{self.name}"
 
 
+class Setting(NamedTuple):
+    """What is the same for arms that are compared."""
+
+    model: str
+    data: int  # demonstrations whose video is pretrained on
+    labels: int  # of them, the first, that are fine-tuned on with their actions
+    budget: str
+
+    @classmethod
+    def of(cls, block: dict) -> "Setting":
+        """Of a block of the plan, or of the primary comparison; without `labels` all demonstrations have them."""
+        return cls(block["model"], block["data"], block.get("labels", block["data"]), block["budget"])
+
+
 class Point(NamedTuple):
     block: int  # of the plan
-    model: str
-    data: int  # demonstrations
-    budget: str
+    setting: Setting
     arm: str
     seed: int  # of the training
     length: int  # fine-tuning steps of a plain arm at equal budget: what curves are drawn over
@@ -95,13 +107,16 @@ def load(name: str | Path) -> Study:
 def _check(study: Study, path: Path) -> None:
     for number, block in enumerate(study.plan):
         unknown = [arm for arm in block["arms"] if arm not in study.arms]
-        if unknown or block["budget"] not in BUDGETS or block.keys() != {"model", "data", "budget", "arms"}:
+        understood = block.keys() - {"labels"} == {"model", "data", "budget", "arms"}
+        if unknown or not understood or block["budget"] not in BUDGETS:
             raise ValueError(f"{path}: block {number} of the plan is not understood: {block}")
+        if not 0 < Setting.of(block).labels <= block["data"]:
+            raise ValueError(f"{path}: block {number} of the plan: labels must be 1 to {block['data']}: {block}")
     for name, arm in study.arms.items():
         if wrong := arm.keys() - {"label", "pretrain", "finetune", "against"}:
             raise ValueError(f"{path}: arm {name} has unknown keys {', '.join(sorted(wrong))}")
         _step_costs(study, name)
-    places = [(block["model"], block["data"], block["budget"], arm) for block in study.plan for arm in block["arms"]]
+    places = [(*Setting.of(block), arm) for block in study.plan for arm in block["arms"]]
     if twice := {str(place) for place in places if places.count(place) > 1}:
         raise ValueError(f"{path}: twice in the plan: {', '.join(sorted(twice))}")
     first, second = study.primary["first"], study.primary["second"]
@@ -117,7 +132,7 @@ def _check(study: Study, path: Path) -> None:
 
 
 def same_setting(a: dict, b: dict) -> bool:
-    return all(a[key] == b[key] for key in ("model", "data", "budget"))
+    return Setting.of(a) == Setting.of(b)
 
 
 # -------------------------------------------------------------------------------------------------------------- points
@@ -162,17 +177,18 @@ def points(study: Study, seeds: int) -> list[Point]:
 
 
 def _curve(study: Study, number: int, block: dict, arm: str, seed: int) -> Iterable[Point]:
-    model, data, budget = block["model"], block["data"], block["budget"]
-    before, after = steps(study, arm, budget)
-    where = f"{model}_{data}_seed{seed}"
+    setting = Setting.of(block)
+    before, after = steps(study, arm, setting.budget)
+    video = f"{setting.model}_{setting.data}_seed{seed}"
+    labelled = setting.labels if setting.labels == setting.data else f"{setting.labels}_of_{setting.data}"
     settings = study.arms[arm].get("pretrain") or {}
     kind = "_".join(f"{value}" if key == "method" else f"{key}_{value}" for key, value in settings.items())
-    backbones = tuple((n, f"pretrain_{kind}_{where}_at_{before[n]}") for n in before)
+    backbones = tuple((n, f"pretrain_{kind}_{video}_at_{before[n]}") for n in before)
     origin = f"{arm}_from_{before[max(before)]}" if before else arm
     for length, count in after.items():
-        run = f"{origin}_{where}_at_{count}"
+        run = f"{origin}_{setting.model}_{labelled}_seed{seed}_at_{count}"
         yield Point(
-            number, model, data, budget, arm, seed, length, count, backbones,
+            number, setting, arm, seed, length, count, backbones,
             f"finetune_{run}", f"evaluate_{run}", length == max(after),
         )  # fmt: skip
 
@@ -203,11 +219,13 @@ def jobs(study: Study, found: list[Point]) -> list[Job]:
         if earlier:
             needs = [train(f"{run}_at_{earlier[-1]}", kind, point, extra, needs)]
         script, settings = f"{kind}.py", getattr(study, kind)["settings"]
-        where = ["--name", f"{study.name}/{run}", "--data", data_folder(study, point.data), "--model", point.model]
+        model = point.setting.model
+        data = point.setting.data if kind == "pretrain" else point.setting.labels
+        where = ["--name", f"{study.name}/{run}", "--data", data_folder(study, data), "--model", model]
         command = [script, *where, "--seed", str(point.seed), "--steps", str(step), *flags(settings), *extra]
         export = ["export.py", "--checkpoint", f"{study.root}/{run}", "--out", f"{study.root}/{name}"]
         cost = _step_costs(study, point.arm)[kind == "finetune"] or 1.0
-        seconds = (step - (earlier[-1] if earlier else 0)) * cost * study.seconds["step"][point.model] + 2 * OVERHEAD
+        seconds = (step - (earlier[-1] if earlier else 0)) * cost * study.seconds["step"][model] + 2 * OVERHEAD
         output = f"{study.root}/{name}/config.json"
         return add(Job(name, kind, (tuple(command), tuple(export)), tuple(needs), output, step, seconds))
 
@@ -216,16 +234,17 @@ def jobs(study: Study, found: list[Point]) -> list[Job]:
     for number in range(len(study.plan)):
         ours = [point for point in found if point.block == number]
         for point in ours:
-            collected = add(_collect(study, point.data))
             arm = study.arms[point.arm]
-            backbone = ""
+            needs = []
             for _, backbone in point.backbones:
-                train(backbone, "pretrain", point, flags(arm["pretrain"]), [collected])
+                collected = add(_collect(study, point.setting.data))
+                needs = [train(backbone, "pretrain", point, flags(arm["pretrain"]), [collected])]
+            needs.append(add(_collect(study, point.setting.labels)))
             # The run's own method is what it was pretrained with; a plain loss unless the arm keeps the terms.
-            start = f"{study.root}/{backbone}" if backbone else "none"
+            start = f"{study.root}/{point.backbones[-1][1]}" if point.backbones else "none"
             method = {"method": (arm.get("pretrain") or {"method": "flow_matching"})["method"]}
             extra = ["--pretrained", start, *flags(method | arm.get("finetune", {}))]
-            train(point.policy, "finetune", point, extra, [backbone or collected])
+            train(point.policy, "finetune", point, extra, needs)
             watched = point.policy in last and point.seed == 0  # of the others only the numbers are wanted
             add(_evaluate(study, point, episodes[point.evaluation], watched))
         for point in (point for point in ours if point.last):

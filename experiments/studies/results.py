@@ -3,13 +3,14 @@
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from selfflow_robot.metrics import Estimate
 
 from . import analysis, plan
-from .plan import Point, Study
+from .plan import Point, Setting, Study
 
 if __package__ == "experiments.studies":  # imported, by a test; else study.py runs as a script, beside report.py
     from experiments.report import ReportError, read_arm
@@ -18,18 +19,19 @@ else:
 
 KEY = "success_final"
 IDLE = "nothing learned"  # the column of modes.py for what takes no training
-Cell = tuple[str, int, str, str, int]  # model, data, budget, arm, length
 
 
-def cell(point: Point) -> Cell:
-    return point.model, point.data, point.budget, point.arm, point.length
+class Cell(NamedTuple):
+    setting: Setting
+    arm: str
+    length: int  # fine-tuning steps
 
 
 def by_cell(points: list[Point]) -> dict[Cell, list[Point]]:
     """The training seeds of every point."""
     cells: dict[Cell, list[Point]] = {}
     for point in points:
-        cells.setdefault(cell(point), []).append(point)
+        cells.setdefault(Cell(point.setting, point.arm, point.length), []).append(point)
     return cells
 
 
@@ -81,11 +83,11 @@ class Outcomes:
 
 def primary(study: Study, points: list[Point], budget: str | None = None) -> list[list[Point]]:
     """The trainings of the two arms of the primary comparison, at the last length; of another budget if asked."""
-    where = (study.primary["model"], study.primary["data"], budget or study.primary["budget"])
+    where = Setting.of(study.primary | ({"budget": budget} if budget else {}))
     found = []
     for side in ("first", "second"):
         arm = study.primary[side]
-        found.append([p for p in points if (p.model, p.data, p.budget) == where and p.arm == arm and p.last])
+        found.append([p for p in points if p.setting == where and p.arm == arm and p.last])
     return found
 
 
@@ -125,18 +127,18 @@ def read_json(path: Path) -> dict | None:
 
 
 def probes(study: Study, points: list[Point]) -> dict[tuple, dict[int, dict]]:
-    """{(model, data, budget, arm, pretraining length): {training seed: its probe.py result}}, of what is there. Arms
-    that share a pretraining are there once, as the first of them."""
+    """{(setting, arm, pretraining length): {training seed: its probe.py result}}, of what is there. Arms that share a
+    pretraining are there once, as the first of them."""
     found: dict[tuple, dict[int, dict]] = defaultdict(dict)
     owners: dict[tuple, str] = {}
     for point in points:
         for length, backbone in point.backbones if point.last else ():
-            if owners.setdefault((point.model, point.data, point.budget, backbone), point.arm) != point.arm:
+            if owners.setdefault((point.setting, backbone), point.arm) != point.arm:
                 continue
             path = Path(study.root) / backbone.replace("pretrain_", "probe_", 1) / "results.json"
             if content := read_json(path):
-                key = (point.model, point.data, point.budget, point.arm, length)
-                found[key][point.seed] = content["runs"][0] | {"baselines": content["baselines"]}
+                seeds = found[point.setting, point.arm, length]
+                seeds[point.seed] = content["runs"][0] | {"baselines": content["baselines"]}
     return dict(found)
 
 
@@ -160,14 +162,12 @@ def probe_best(runs: dict[int, dict], target: str) -> dict[int, float]:
 
 
 def modes(study: Study, points: list[Point]) -> dict[tuple, dict[int, dict[str, float]]]:
-    """{(model, data, budget, arm): {training seed: {measure: value}}} of modes.py at the last length; one arm is
-    IDLE."""
+    """{(setting, arm): {training seed: {measure: value}}} of modes.py at the last length; one arm is IDLE."""
     found: dict[tuple, dict[int, dict[str, float]]] = defaultdict(dict)
     for point in points:
         path = Path(study.root) / point.policy.replace("finetune_", "modes_", 1) / "modes.json"
         if point.last and (content := read_json(path)):
-            where = (point.model, point.data, point.budget)
             for name, arm in ((point.policy, point.arm), (IDLE, IDLE)):
                 values = {measure: row[name]["value"] for measure, row in content["measures"].items()}
-                found[(*where, arm)][point.seed] = values
+                found[point.setting, arm][point.seed] = values
     return dict(found)
