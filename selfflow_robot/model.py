@@ -13,6 +13,8 @@ B batch, N tokens, P of them prefix, M = N - P, D width, H heads, E = D / H, C c
 
 import contextlib
 import math
+import os
+import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,6 +77,12 @@ def precision(device: torch.device | str):
     else:
         fast = kind == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast(kind, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+def require_compiler(device: torch.device) -> None:
+    """ValueError where torch.compile would find none."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("compile needs a C++ compiler: install g++ or name one in CXX, or leave compile off")
 
 
 def rotation(ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -251,20 +259,24 @@ class Model(nn.Module):
 
     def compile_blocks(self, **options) -> None:
         """torch.compile of every block, with its options. All blocks share their code, so one is compiled, anew for
-        what differs in more than a size: roles, levels, with and without a gradient."""
+        what differs in more than a size: roles, levels, with and without a gradient. ValueError where no compiler is
+        found."""
+        if "backend" not in options:
+            require_compiler(next(self.parameters()).device)
         for block in self.blocks:
             block.compile(recompile_limit=COMPILED, **options)
 
     def for_inference(self, device: torch.device, compiled: bool = False) -> "Model":
         """A copy to sample with: matrices in bf16 where `precision` computes in it, which saves casting them at every
         use and changes no result. compiled: forward and prefix_cache go through torch.compile, a minute at the first
-        call of every shape; on a GPU as CUDA graphs."""
+        call of every shape; on a GPU as CUDA graphs. ValueError where no compiler is found."""
         model = deepcopy(self).eval().requires_grad_(False)
         if isinstance(precision(device), torch.autocast):
             for module in model.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.to(torch.bfloat16)
         if compiled:
+            require_compiler(device)
             options = {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}
             model.compile(dynamic=False, options=options)
             model.prefix_cache = torch.compile(model.prefix_cache, dynamic=False, options=options)

@@ -103,8 +103,11 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, optimizer)
 
 def test_compiling_without_a_compiler_names_the_remedy(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    model = make_model(make_packer())
     with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler: install g\+\+"):
-        train.begin(PretrainConfig(compile=True), make_model(make_packer()), ALONE)
+        train.begin(PretrainConfig(compile=True), model, ALONE)
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler: install g\+\+"):
+        model.for_inference(torch.device("cpu"), compiled=True)
 
 
 def test_a_finished_run_does_nothing_and_more_steps_continue_it(tmp_path):
