@@ -216,6 +216,12 @@ def test_more_seeds_go_to_the_primary_comparison_alone(tiny):
     assert {job.name for job in expand(tiny, 1)} < {job.name for job in expand(tiny, 2)}
 
 
+def test_more_seeds_come_where_other_arms_stand_beside_the_comparison(tiny):
+    beside = replace(tiny, plan=[tiny.plan[0] | {"arms": ["flow_matching", "none", "self_flow"]}])
+    seeds = {arm: {p.seed for p in plan.points(beside, 2) if p.arm == arm} for arm in beside.plan[0]["arms"]}
+    assert seeds == {"flow_matching": {0, 1}, "none": {0}, "self_flow": {0, 1}}
+
+
 def test_few_labels_share_the_pretraining_on_all_video(tmp_path):
     path = tmp_path / "few.yaml"
     few = TEXT.replace(
@@ -658,6 +664,9 @@ def test_report_says_what_the_numbers_say(tiny):
     assert curves == ["success_1.svg", "success_2.svg"]
     for name in curves:
         ElementTree.parse(path.parent / name)  # a file that stands alone
+    text = text_of(study.report(tiny, 1))  # the next look, of which nothing more was run
+    assert "Not decided yet: 2 of 4 trainings" in text
+    assert "The look before said: Self-Flow helps: 100% with Self-Flow, 50% with plain" in text
 
 
 def test_report_of_nothing(tiny):

@@ -79,7 +79,11 @@ def sentence(study: Study, points: list[Point], outcomes: Outcomes, look: int) -
     arms = results.primary(study, points)
     if found is None:
         have = sum(len(outcomes.complete(one)) for one in arms)
-        return f"Not decided yet: {have} of {sum(map(len, arms))} trainings of the primary comparison were evaluated."
+        text = f"Not decided yet: {have} of {sum(map(len, arms))} trainings of the primary comparison were evaluated."
+        if look:
+            before = sentence(study, plan.points(study, study.looks[look - 1]), outcomes, look - 1)
+            text += f" The look before said: {before}"
+        return text
     rates, gap = found
     seeds, point = len(arms[0]), arms[0][0]
     about = (

@@ -166,13 +166,15 @@ def steps(study: Study, arm: str, budget: str) -> tuple[dict[int, int], dict[int
 
 
 def points(study: Study, seeds: int) -> list[Point]:
-    """All of the study, the most important first; `seeds` training seeds in the primary comparison."""
+    """All of the study, the most important first; `seeds` training seeds of the two arms that are compared first, the
+    others have those of the first look."""
     found = []
     for number, block in enumerate(study.plan):
-        ours = {study.primary["first"], study.primary["second"]} >= set(block["arms"])
-        count = seeds if ours and same_setting(block, study.primary) else study.looks[0]
-        for seed in range(count):
-            found += [point for arm in block["arms"] for point in _curve(study, number, block, arm, seed)]
+        compared = (study.primary["first"], study.primary["second"]) if same_setting(block, study.primary) else ()
+        counts = {arm: seeds if arm in compared else study.looks[0] for arm in block["arms"]}
+        for seed in range(max(counts.values())):
+            arms = [arm for arm in block["arms"] if seed < counts[arm]]
+            found += [point for arm in arms for point in _curve(study, number, block, arm, seed)]
     return found
 
 
