@@ -222,7 +222,7 @@ def test_more_seeds_come_where_other_arms_stand_beside_the_comparison(tiny):
     assert seeds == {"flow_matching": {0, 1}, "none": {0}, "self_flow": {0, 1}}
 
 
-def test_few_labels_share_the_pretraining_on_all_video(tmp_path):
+def test_few_labels_share_the_pretraining_on_all_video(tmp_path, monkeypatch):
     path = tmp_path / "few.yaml"
     few = TEXT.replace(
         "plan:", "plan:\n  - {model: tiny, data: 8, labels: 4, budget: steps, arms: [flow_matching, none]}"
@@ -246,6 +246,13 @@ def test_few_labels_share_the_pretraining_on_all_video(tmp_path):
     assert "8 demonstrations, 4 of them with actions" in page.heading(labelled.setting)
     assert "with actions" not in page.heading(whole.setting)
     assert page.setting_cells(labelled.setting) == ["tiny", "8, 4 of them with actions", "steps"]
+    for _, backbone in labelled.backbones:
+        found = tmp_path / study.root / backbone.replace("pretrain_", "probe_") / "results.json"
+        found.parent.mkdir(parents=True)
+        found.write_text(json.dumps({"runs": [{"layers": {}}], "baselines": {}}))
+    monkeypatch.chdir(tmp_path)
+    settings = {(where.labels, where.budget) for where, *_ in results.probes(study, points)}
+    assert settings == {(4, "steps")}  # the same pretraining once, as the first that uses it
 
 
 def test_every_arm_meets_the_same_episodes(tiny):

@@ -288,8 +288,8 @@ def probe_section(study: Study, points: list[Point]) -> str:
         html.append(parts.table(["best block", *(escape(t.replace("_", " ")) for t in targets)], rows))
     note = (
         "R^2 of positions, balanced accuracy of the rest, on demonstrations that no run was trained on; 95% intervals "
-        "over training seeds (none for one). Arms that share a pretraining are shown once. Dotted: untrained; "
-        "dashed: a small picture."
+        "over training seeds (none for one). A pretraining that several arms or settings share is shown once. Dotted: "
+        "untrained; dashed: a small picture."
     )
     return "".join(html) + f"<p class='small'>{note}</p>"
 

@@ -127,13 +127,14 @@ def read_json(path: Path) -> dict | None:
 
 
 def probes(study: Study, points: list[Point]) -> dict[tuple, dict[int, dict]]:
-    """{(setting, arm, pretraining length): {training seed: its probe.py result}}, of what is there. Arms that share a
-    pretraining are there once, as the first of them."""
+    """{(setting, arm, pretraining length): {training seed: its probe.py result}}, of what is there. A
+    pretraining is there once per budget, under the first setting and arm that it belongs to."""
     found: dict[tuple, dict[int, dict]] = defaultdict(dict)
-    owners: dict[tuple, str] = {}
+    owners: dict[tuple, tuple] = {}
     for point in points:
         for length, backbone in point.backbones if point.last else ():
-            if owners.setdefault((point.setting, backbone), point.arm) != point.arm:
+            whose = (point.setting, point.arm)
+            if owners.setdefault((backbone, point.setting.budget), whose) != whose:
                 continue
             path = Path(study.root) / backbone.replace("pretrain_", "probe_", 1) / "results.json"
             if content := read_json(path):
