@@ -228,9 +228,9 @@ def test_few_labels_share_the_pretraining_on_all_video(tmp_path, monkeypatch):
         "plan:", "plan:\n  - {model: tiny, data: 8, labels: 4, budget: steps, arms: [flow_matching, none]}"
     )
     path.write_text(few)
-    study = plan.load(path)
-    points = plan.points(study, 1)
-    jobs = {job.name: job for job in plan.jobs(study, points)}
+    one = plan.load(path)
+    points = plan.points(one, 1)
+    jobs = {job.name: job for job in plan.jobs(one, points)}
     blocks = [[p for p in points if p.block == block and p.arm == "flow_matching" and p.last] for block in (0, 1)]
     (labelled,), (whole,) = blocks
     assert labelled.backbones == whole.backbones and labelled.policy != whole.policy
@@ -247,11 +247,11 @@ def test_few_labels_share_the_pretraining_on_all_video(tmp_path, monkeypatch):
     assert "with actions" not in page.heading(whole.setting)
     assert page.setting_cells(labelled.setting) == ["tiny", "8, 4 of them with actions", "steps"]
     for _, backbone in labelled.backbones:
-        found = tmp_path / study.root / backbone.replace("pretrain_", "probe_") / "results.json"
+        found = tmp_path / one.root / backbone.replace("pretrain_", "probe_") / "results.json"
         found.parent.mkdir(parents=True)
         found.write_text(json.dumps({"runs": [{"layers": {}}], "baselines": {}}))
     monkeypatch.chdir(tmp_path)
-    settings = {(where.labels, where.budget) for where, *_ in results.probes(study, points)}
+    settings = {(where.labels, where.budget) for where, *_ in results.probes(one, points)}
     assert settings == {(4, "steps")}  # the same pretraining once, as the first that uses it
 
 

@@ -87,7 +87,8 @@ def sentence(study: Study, points: list[Point], outcomes: Outcomes, look: int) -
     rates, gap = found
     seeds, point = len(arms[0]), arms[0][0]
     about = (
-        f"{study.task.replace('_', ' ')}, {demonstrations(point.setting)}, equal {point.setting.budget}, "
+        f"{study.task.replace('_', ' ')}, {point.setting.data} demonstrations{with_actions(point.setting)}, "
+        f"equal {point.setting.budget}, "
         f"{seeds} training seed{'s' if seeds > 1 else ''} per arm, {len(results.wanted(study, point))} episodes each"
     )
     text = analysis.conclusion((first, second), rates, gap, study.primary["margin"], about)
@@ -434,16 +435,17 @@ def settings(points: list[Point]) -> list[Setting]:
 
 def setting_cells(where: Setting) -> list[str]:
     """Of a table: model, demonstrations, equal."""
-    return [escape(where.model), demonstrations(where).replace(" demonstrations", ""), escape(where.budget)]
+    return [escape(where.model), f"{where.data}{with_actions(where)}", escape(where.budget)]
 
 
-def demonstrations(where: Setting) -> str:
-    few = where.labels < where.data
-    return f"{where.data} demonstrations" + (f", {where.labels} of them with actions" if few else "")
+def with_actions(where: Setting) -> str:
+    """After a number of demonstrations: how many have their actions, where not all have."""
+    return f", {where.labels} of them with actions" if where.labels < where.data else ""
 
 
 def heading(where: Setting) -> str:
-    return f"{demonstrations(where)}, preset {escape(where.model)}, equal {escape(where.budget)}"
+    count = f"{where.data} demonstrations{with_actions(where)}"
+    return f"{count}, preset {escape(where.model)}, equal {escape(where.budget)}"
 
 
 def colour(study: Study, arm: str) -> str:

@@ -121,7 +121,7 @@ def _check(study: Study, path: Path) -> None:
         raise ValueError(f"{path}: twice in the plan: {', '.join(sorted(twice))}")
     first, second = study.primary["first"], study.primary["second"]
     if not {first, second} <= {
-        arm for block in study.plan if same_setting(block, study.primary) for arm in block["arms"]
+        arm for block in study.plan if Setting.of(block) == Setting.of(study.primary) for arm in block["arms"]
     }:
         raise ValueError(f"{path}: the plan does not hold its primary comparison, {first} against {second}")
     for lengths in (study.pretrain["lengths"], study.finetune["lengths"], study.looks):
@@ -129,10 +129,6 @@ def _check(study: Study, path: Path) -> None:
             raise ValueError(f"{path}: lengths and looks must rise, got {lengths}")
     if study.evaluate["on_the_way"] > study.evaluate["episodes"]:
         raise ValueError(f"{path}: on_the_way is more than episodes")
-
-
-def same_setting(a: dict, b: dict) -> bool:
-    return Setting.of(a) == Setting.of(b)
 
 
 # -------------------------------------------------------------------------------------------------------------- points
@@ -168,10 +164,10 @@ def steps(study: Study, arm: str, budget: str) -> tuple[dict[int, int], dict[int
 def points(study: Study, seeds: int) -> list[Point]:
     """All of the study, the most important first; `seeds` training seeds of the two arms that are compared first, the
     others have those of the first look."""
-    found = []
+    found, decides = [], {(Setting.of(study.primary), study.primary[side]) for side in ("first", "second")}
     for number, block in enumerate(study.plan):
-        compared = (study.primary["first"], study.primary["second"]) if same_setting(block, study.primary) else ()
-        counts = {arm: seeds if arm in compared else study.looks[0] for arm in block["arms"]}
+        where = Setting.of(block)
+        counts = {arm: seeds if (where, arm) in decides else study.looks[0] for arm in block["arms"]}
         for seed in range(max(counts.values())):
             arms = [arm for arm in block["arms"] if seed < counts[arm]]
             found += [point for arm in arms for point in _curve(study, number, block, arm, seed)]
