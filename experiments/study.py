@@ -403,7 +403,7 @@ def require_same_commands(jobs: list[plan.Job], folder: Path) -> None:
 
 def note_plan(study: plan.Study) -> None:
     """Every version of the file that ran something is kept, with the time: a change after the fact is seen."""
-    path = Path(study.root) / "plans.json"
+    path = study.own / "plans.json"
     versions = read(path).get("versions", [])
     if not versions or versions[-1]["hash"] != study.hash:
         versions.append({"hash": study.hash, "since": time.strftime("%F %T"), "text": study.text})
@@ -425,7 +425,7 @@ def selected(study: plan.Study, look: int, pattern: str | None) -> tuple[list[pl
 def report(study: plan.Study, look: int) -> Path:
     points, jobs = selected(study, look, None)
     folder = Path(study.root) / "jobs"
-    return page.write(study, points, jobs, states(jobs, folder), read(Path(study.root) / "plans.json"), look)
+    return page.write(study, points, jobs, states(jobs, folder), read(study.own / "plans.json"), look)
 
 
 def execute(study: plan.Study, pattern: str | None, count: int) -> int:

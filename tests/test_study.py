@@ -304,6 +304,7 @@ def test_the_comparison_holds_what_was_asked_for():
         ("[flow_matching, self_flow, kept, none]", "[kept, kept]", "twice"),
         ("on_the_way: 10", "on_the_way: 30", "on_the_way"),
         ("label: kept,", "lable: kept,", "lable"),
+        ("question:", "runs: elsewhere\nquestion:", "no elsewhere.yaml"),
     ],
 )
 def test_what_is_wrong_with_a_plan_is_said(tmp_path, old, new, said):
@@ -561,6 +562,26 @@ def test_two_runners_do_no_job_twice(tiny):
     assert len(calls()) == len(set(calls()))
     assert [text.count("start  collect") for text in texts] == [1, 1]
     assert sum(text.count("start ") for text in texts) == len([line for line in calls() if "export" not in line])
+
+
+def test_a_study_works_in_the_folder_of_another(tiny):
+    assert study.execute(replace(short(tiny), looks=[1]), None, 2) == 0
+    before, page_before = calls(), Path("runs/small/report.html").read_bytes()
+    more = TEXT.replace("arms: [flow_matching, self_flow]}", "arms: [flow_matching, self_flow, kept]}", 1)
+    Path("more.yaml").write_text("runs: small\n" + more)
+    two = replace(short(plan.load("more.yaml")), looks=[1])
+    assert study.execute(two, None, 2) == 0
+    assert all("finetune_kept" in line or "_kept_from" in line for line in calls()[len(before) :])
+    assert len(calls()) > len(before) and len(calls()) == len(set(calls()))
+    assert sorted(path.name for path in Path("runs/more").iterdir()) == ["plans.json", "report.html", "success_1.svg"]
+    assert Path("runs/small/report.html").read_bytes() == page_before
+    versions = [json.loads(Path(f"runs/{name}/plans.json").read_text())["versions"] for name in ("small", "more")]
+    assert [len(one) for one in versions] == [1, 1] and versions[0][0]["hash"] != versions[1][0]["hash"]
+    text = text_of(Path("runs/more/report.html"))
+    assert "shared with the study small" in text and "kept 50% 10/20" in text
+    Path("more.yaml").write_text("runs: small\n" + more.replace("execute: 2", "execute: 4"))
+    with pytest.raises(ValueError, match="another file name"):  # what is there under a name must be what it would make
+        study.execute(replace(short(plan.load("more.yaml")), looks=[1]), None, 2)
 
 
 def test_an_end_that_is_asked_for_gives_the_claims_back(tiny):

@@ -58,15 +58,14 @@ def write(study: Study, points: list[Point], jobs: list[Job], states: dict[str, 
         plan=escape(study.text),
         command=escape(f"python experiments/study.py --study {study.name}"),
     )
-    folder = Path(study.root)
-    folder.mkdir(parents=True, exist_ok=True)
+    study.own.mkdir(parents=True, exist_ok=True)
     curves = re.findall("<svg.*?</svg>", success, re.DOTALL)
     files = {f"success_{number}.svg": curve for number, curve in enumerate(curves, 1)} | {"report.html": content}
     for name, text in files.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        temporary = study.own / f".{name}.{os.getpid()}.tmp"
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
-    return folder / "report.html"
+        os.replace(temporary, study.own / name)
+    return study.own / "report.html"
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -129,7 +128,7 @@ def state_section(study: Study, jobs: list[Job], states: dict[str, str], plans: 
     lines = [
         f"<p>Plan <code>{study.hash}</code>, {len(jobs)} jobs: "
         + ", ".join(f"{count} {escape(text)}" for text, count in counts.items())
-        + ".</p>"
+        + (f"; shared with the study {escape(study.runs)}, in its folder.</p>" if study.runs else ".</p>")
     ]
     versions = plans.get("versions", [])
     if len(versions) > 1 or (versions and versions[-1]["hash"] != study.hash):

@@ -37,6 +37,7 @@ class Study:
     evaluate: dict  # {episodes, on_the_way, first_seed, settings}
     modes: dict  # {windows}
     seconds: dict  # for estimates: {step: {model: s}, episode, demonstration, probe, modes, imagine}
+    runs: str = ""  # the study in whose folder it works, so that what both need is made once; empty: in its own
     text: str = ""  # the file
 
     @property
@@ -45,8 +46,18 @@ class Study:
         return hashlib.sha256(json.dumps(yaml.safe_load(self.text), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
+    def folder(self) -> str:
+        """Of trainings, evaluations and measurements, under runs/."""
+        return self.runs or self.name
+
+    @property
     def root(self) -> str:
-        return f"runs/{self.name}"
+        return f"runs/{self.folder}"
+
+    @property
+    def own(self) -> Path:
+        """For what is of this study alone: its page, and the versions of its file."""
+        return Path("runs", self.name)
 
 
 class Setting(NamedTuple):
@@ -95,9 +106,9 @@ def load(name: str | Path) -> Study:
         raise ValueError(f"no study {name} ({path}); there are {known}")
     text = path.read_text()
     content = yaml.safe_load(text)
-    keys = {field.name for field in fields(Study)} - {"name", "text"}
-    if not isinstance(content, dict) or content.keys() != keys:
-        wrong = sorted(keys ^ set(content if isinstance(content, dict) else ()))
+    keys = {field.name for field in fields(Study)} - {"name", "runs", "text"}
+    if not isinstance(content, dict) or content.keys() - {"runs"} != keys:
+        wrong = sorted(keys ^ set(content if isinstance(content, dict) else ()) - {"runs"})
         raise ValueError(f"{path}: missing or unknown keys: {', '.join(wrong)}")
     study = Study(name=path.stem, text=text, **content)
     _check(study, path)
@@ -127,6 +138,8 @@ def _check(study: Study, path: Path) -> None:
     for lengths in (study.pretrain["lengths"], study.finetune["lengths"], study.looks):
         if not lengths or lengths != sorted(set(lengths)):
             raise ValueError(f"{path}: lengths and looks must rise, got {lengths}")
+    if study.runs and not (path.parent / f"{study.runs}.yaml").exists():
+        raise ValueError(f"{path}: runs names a study beside it; there is no {study.runs}.yaml")
     if study.evaluate["on_the_way"] > study.evaluate["episodes"]:
         raise ValueError(f"{path}: on_the_way is more than episodes")
 
@@ -219,7 +232,7 @@ def jobs(study: Study, found: list[Point]) -> list[Job]:
         script, settings = f"{kind}.py", getattr(study, kind)["settings"]
         model = point.setting.model
         data = point.setting.data if kind == "pretrain" else point.setting.labels
-        where = ["--name", f"{study.name}/{run}", "--data", data_folder(study, data), "--model", model]
+        where = ["--name", f"{study.folder}/{run}", "--data", data_folder(study, data), "--model", model]
         command = [script, *where, "--seed", str(point.seed), "--steps", str(step), *flags(settings), *extra]
         export = ["export.py", "--checkpoint", f"{study.root}/{run}", "--out", f"{study.root}/{name}"]
         cost = _step_costs(study, point.arm)[kind == "finetune"] or 1.0
@@ -288,7 +301,7 @@ def _collect(study: Study, episodes: int, first_seed: int = 0) -> Job:
 
 def _evaluate(study: Study, point: Point, episodes: int, watched: bool) -> Job:
     command = ["eval_simpler.py", "--task", study.task, "--checkpoint", f"{study.root}/{point.policy}"]
-    command += ["--name", f"{study.name}/{point.evaluation}", "--episodes", str(episodes), "--workers", "1"]
+    command += ["--name", f"{study.folder}/{point.evaluation}", "--episodes", str(episodes), "--workers", "1"]
     command += ["--first_seed", str(study.evaluate["first_seed"])]
     command += flags({"video": watched} | study.evaluate["settings"])
     output = f"{study.root}/{point.evaluation}/results.json"
@@ -299,7 +312,7 @@ def _evaluate(study: Study, point: Point, episodes: int, watched: bool) -> Job:
 def _probe(study: Study, backbone: str, judged: str) -> Job:
     name = backbone.replace("pretrain_", "probe_", 1)
     data = data_folder(study, study.judge["episodes"], study.judge["first_seed"])
-    command = ["probe.py", "--runs", f"{study.root}/{backbone}", "--data", data, "--name", f"{study.name}/{name}"]
+    command = ["probe.py", "--runs", f"{study.root}/{backbone}", "--data", data, "--name", f"{study.folder}/{name}"]
     command += ["--test_share", str(study.judge["test_share"])]
     output = f"{study.root}/{name}/results.json"
     return Job(name, "probe", (tuple(command),), (backbone, judged), output, 0, study.seconds["probe"])
