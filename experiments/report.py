@@ -353,6 +353,7 @@ table { border-collapse: collapse; min-width: 100%; white-space: nowrap; }
 th, td { text-align: left; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; white-space: normal; vertical-align: bottom; }
 .wrap { white-space: normal; }
+.wrap .whole { white-space: nowrap; }
 .small { color: var(--dim); font-size: 0.85rem; }
 .note { background: var(--soft); border-left: 4px solid #e0761a; padding: 0.5rem 0.8rem; overflow-wrap: anywhere; }
 .key { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em; border-radius: 2px; }

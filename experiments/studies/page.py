@@ -220,7 +220,7 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
             first, second = outcomes.table(*sides)
             if not first.size or not second.size:
                 continue
-            row = [*setting_cells(where), f"{key(study, arm)} − {key(study, other)}"]
+            row = [*setting_cells(where), less(study, arm, other)]
             estimate = difference_text(analysis.difference(first, second))
             seeds = f"{len(first)}, {len(second)}"
             if length != last:
@@ -282,7 +282,7 @@ def probe_section(study: Study, points: list[Point]) -> str:
                     analysis.paired_over_seeds(results.probe_best(ours[arm], t), results.probe_best(ours[other], t))
                     for t in targets
                 ]
-                rows.append([f"{key(study, arm)} − {key(study, other)}", *(gap.text() for gap in gaps)])
+                rows.append([less(study, arm, other), *(gap.text() for gap in gaps)])
         html.append(f"<h3>{heading(where)}, after {last} pretraining steps</h3>" + legend(study, list(ours)))
         html.append(f'<div class="scroll wide">{parts.draw(figure, "probe accuracy by block")}</div>')
         html.append(parts.table(["best block", *(escape(t.replace("_", " ")) for t in targets)], rows))
@@ -325,7 +325,7 @@ def modes_section(study: Study, points: list[Point]) -> str:
                     for name in (arm, other)
                 )
                 cells.append(analysis.paired_over_seeds(first, second).text(digits))
-            rows.append([f"{key(study, arm)} − {key(study, other)}", *cells])
+            rows.append([less(study, arm, other), *cells])
         head = [f"{title} ({'high' if high else 'low'} is good)" for title, _, high in MEASURES.values()]
         html.append(f"<h3>{heading(where)}</h3>" + parts.table(["", *map(escape, head)], rows))
     note = (
@@ -453,6 +453,12 @@ def colour(study: Study, arm: str) -> str:
 
 def key(study: Study, arm: str) -> str:
     return f'<span class="key" style="background:{colour(study, arm)}"></span>{escape(study.arms[arm]["label"])}'
+
+
+def less(study: Study, arm: str, other: str) -> str:
+    """A difference of two arms; a narrow table breaks it between them."""
+    one, two = (f'<span class="whole">{key(study, name)}</span>' for name in (arm, other))
+    return f'<span class="wrap">{one}&nbsp;− {two}</span>'
 
 
 def legend(study: Study, arms: list[str]) -> str:
