@@ -9,7 +9,8 @@
 Stop it at any time: the same command goes on. Start it on as many machines as share the folder: each job is claimed by
 one of them, and a claim whose holder is gone is taken over. A job that fails is reported and the others go on; the next
 start tries it again. All lies in runs/<study>: a folder per training, evaluation and measurement, jobs/ with a log and
-a record of each, report.html. docs/study.md says what is compared, and why so.
+a record of each, report.html; with `runs: OTHER` in the file all but the page lies in runs/OTHER. docs/study.md says
+what is compared, and why so.
 """
 
 import argparse

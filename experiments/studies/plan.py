@@ -107,9 +107,9 @@ def load(name: str | Path) -> Study:
     text = path.read_text()
     content = yaml.safe_load(text)
     keys = {field.name for field in fields(Study)} - {"name", "runs", "text"}
-    if not isinstance(content, dict) or content.keys() - {"runs"} != keys:
-        wrong = sorted(keys ^ set(content if isinstance(content, dict) else ()) - {"runs"})
-        raise ValueError(f"{path}: missing or unknown keys: {', '.join(wrong)}")
+    given = content.keys() - {"runs"} if isinstance(content, dict) else set()
+    if given != keys:
+        raise ValueError(f"{path}: missing or unknown keys: {', '.join(sorted(keys ^ given))}")
     study = Study(name=path.stem, text=text, **content)
     _check(study, path)
     return study
