@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -411,36 +411,37 @@ def note_plan(study: plan.Study) -> None:
         write_json(path, {"versions": versions})
 
 
-def selected(study: plan.Study, look: int, pattern: str | None) -> tuple[list[plan.Point], list[plan.Job]]:
-    """Points and jobs of a look of the stopping rule, counted from 0."""
+def selected(study: plan.Study, look: int, patterns: Sequence[str] = ()) -> tuple[list[plan.Point], list[plan.Job]]:
+    """Points and jobs of a look of the stopping rule, counted from 0; of the jobs those that a pattern names, if any is
+    given, and what they need."""
     points = plan.points(study, study.looks[look])
-    jobs = plan.jobs(study, points)
-    if pattern:
-        wanted = [job.name for job in jobs if fnmatch(job.name, f"*{pattern}*")]
-        if not wanted:
+    jobs, wanted = plan.jobs(study, points), []
+    for pattern in patterns:
+        matches = [job.name for job in jobs if fnmatch(job.name, f"*{pattern}*")]
+        if not matches:
             raise ValueError(f"no job is called *{pattern}*; --list shows their names")
-        jobs = plan.closure(jobs, wanted)
-    return points, jobs
+        wanted += matches
+    return points, plan.closure(jobs, wanted) if patterns else jobs
 
 
 def report(study: plan.Study, look: int) -> Path:
-    points, jobs = selected(study, look, None)
+    points, jobs = selected(study, look)
     folder = Path(study.root) / "jobs"
     return page.write(study, points, jobs, states(jobs, folder), read(study.own / "plans.json"), look)
 
 
-def execute(study: plan.Study, pattern: str | None, count: int) -> int:
+def execute(study: plan.Study, patterns: Sequence[str], count: int) -> int:
     """Look after look, until the stopping rule or the work ends; returns the exit code."""
     folder = Path(study.root)
     runner = Runner(folder, slots(count), {"plan": study.hash})
     note_plan(study)
     look, complete = results.current_look(study), False
     while True:
-        _, jobs = selected(study, look, pattern)
+        _, jobs = selected(study, look, patterns)
         require_same_commands(jobs, folder / "jobs")
         print(f"{study.name}, plan {study.hash}: {len(jobs)} jobs, {len(runner.slots)} at a time", flush=True)
         complete = runner.run(jobs)
-        if pattern or look + 1 == len(study.looks) or results.current_look(study) == look:
+        if patterns or look + 1 == len(study.looks) or results.current_look(study) == look:
             break
         look += 1
         print(f"The stopping rule asks for more training seeds: {study.looks[look]} per arm", flush=True)
@@ -455,8 +456,9 @@ def main() -> int:
     parser.add_argument("--study", required=True, help="name of a file in experiments/studies, or a YAML file")
     parser.add_argument("--jobs", type=int, default=0, help="at a time; 0 (default): one per GPU, or per core")
     parser.add_argument(
-        "--only", metavar="PATTERN", help="jobs with this in their name (* matches anything), and their needs"
-    )
+        "--only", nargs="+", default=(), metavar="PATTERN",
+        help="jobs with one of these in their name (* matches anything), and their needs",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="show the jobs, their state and time, and run nothing")
     parser.add_argument("--report", action="store_true", help="write the page from what is there, and run nothing")
     arguments = parser.parse_args()

@@ -565,12 +565,12 @@ def test_two_runners_do_no_job_twice(tiny):
 
 
 def test_a_study_works_in_the_folder_of_another(tiny):
-    assert study.execute(replace(short(tiny), looks=[1]), None, 2) == 0
+    assert study.execute(replace(short(tiny), looks=[1]), (), 2) == 0
     before, page_before = calls(), Path("runs/small/report.html").read_bytes()
     more = TEXT.replace("arms: [flow_matching, self_flow]}", "arms: [flow_matching, self_flow, kept]}", 1)
     Path("more.yaml").write_text("runs: small\n" + more)
     two = replace(short(plan.load("more.yaml")), looks=[1])
-    assert study.execute(two, None, 2) == 0
+    assert study.execute(two, (), 2) == 0
     assert all("finetune_kept" in line or "_kept_from" in line for line in calls()[len(before) :])
     assert len(calls()) > len(before) and len(calls()) == len(set(calls()))
     assert sorted(path.name for path in Path("runs/more").iterdir()) == ["plans.json", "report.html", "success_1.svg"]
@@ -581,7 +581,7 @@ def test_a_study_works_in_the_folder_of_another(tiny):
     assert "shared with the study small" in text and "kept 50% 10/20" in text
     Path("more.yaml").write_text("runs: small\n" + more.replace("execute: 2", "execute: 4"))
     with pytest.raises(ValueError, match="another file name"):  # what is there under a name must be what it would make
-        study.execute(replace(short(plan.load("more.yaml")), looks=[1]), None, 2)
+        study.execute(replace(short(plan.load("more.yaml")), looks=[1]), (), 2)
 
 
 def test_an_end_that_is_asked_for_gives_the_claims_back(tiny):
@@ -619,7 +619,7 @@ def test_a_changed_command_is_refused(tiny):
 
 def test_the_stopping_rule_asks_for_more_seeds_or_not(tiny, capsys):
     tiny = short(tiny)
-    assert study.execute(tiny, None, 2) == 0  # one seed decides nothing: go on to the second look
+    assert study.execute(tiny, (), 2) == 0  # one seed decides nothing: go on to the second look
     assert "more training seeds: 2 per arm" in capsys.readouterr().out
     assert any("self_flow_tiny_8_seed1" in line for line in calls())
     assert results.current_look(tiny) == 1
@@ -628,13 +628,16 @@ def test_the_stopping_rule_asks_for_more_seeds_or_not(tiny, capsys):
 def test_a_clear_answer_ends_it_at_the_first_look(tiny):
     Path("better").touch()
     one = replace(short(tiny), looks=[2, 3])
-    assert study.execute(one, None, 2) == 0
+    assert study.execute(one, (), 2) == 0
     assert any("seed1" in line for line in calls()) and not any("seed2" in line for line in calls())
 
 
 def test_only(tiny):
-    assert study.execute(tiny, "evaluate_none*at_196", 1) == 0
-    assert [line.split()[0] for line in calls()] == ["collect_demos", "finetune", "export", "eval_simpler"]
+    assert study.execute(tiny, ["evaluate_none*at_196", "evaluate_none*at_236"], 1) == 0
+    made = ["collect_demos", "finetune", "export", "eval_simpler"]
+    assert [line.split()[0] for line in calls()] == made + made[1:]
+    with pytest.raises(ValueError, match=r"no job is called \*nothing\*"):
+        study.execute(tiny, ["evaluate_none", "nothing"], 1)
 
 
 def test_slots_take_accelerators_in_turn(monkeypatch):
@@ -705,7 +708,7 @@ def test_report_of_nothing(tiny):
 
 def test_report_names_what_failed(tiny):
     Path("fail").write_text("finetune --name small/finetune_none")
-    study.execute(tiny, "none", 2)
+    study.execute(tiny, ["none"], 2)
     text = text_of(Path("runs/small/report.html"))
     assert "failed: finetune_none_tiny_8_seed0_at_196" in text and "failed: see its log" in text
 
