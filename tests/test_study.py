@@ -508,6 +508,16 @@ def test_what_lies_there_from_elsewhere_is_not_made_again(tiny):
     assert [line.split()[0] for line in calls()] == ["modes"]
 
 
+def test_a_script_ends_before_its_job_is_done(tiny):
+    fake = Path("scripts/modes.py")  # as modes.py: the numbers, then a picture of them
+    fake.write_text(fake.read_text() + '\ntime.sleep(0.5)\nwrite(args["--json"] + ".png", "picture")\n')
+    jobs = few(tiny)
+    assert runner().run(jobs)
+    pictures = [Path(f"{job.output}.png").exists() for job in jobs if job.kind == "modes"]
+    records = [json.loads(Path(f"runs/small/jobs/{job.name}.json").read_text())["state"] for job in jobs]
+    assert pictures and all(pictures) and set(records) == {"done"}
+
+
 def test_a_failure_is_reported_and_the_others_go_on(tiny):
     jobs, lines = [job for job in expand(tiny) if job.kind in ("collect", "pretrain", "finetune")], []
     Path("fail").write_text("finetune --name small/finetune_none")
