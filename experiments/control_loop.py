@@ -1,6 +1,6 @@
 """A policy drives a robot at a fixed rate: the loop to copy into your robot's code is `control` below.
 
-    python experiments/control_loop.py                                the newest fine-tuned run in the simulator, 3 Hz
+    python experiments/control_loop.py                                the newest policy (or the one shipped), 3 Hz
     python experiments/control_loop.py --robot replay --rate 15       recorded pictures, no simulator needed
     python experiments/control_loop.py --checkpoint runs/finetune_self_flow --on_fault slow_stop --seconds 60
 
@@ -215,7 +215,7 @@ class ReplayedRobot:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run)")
+    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run, or the one shipped)")
     parser.add_argument("--robot", choices=("simulator", "replay"), default="simulator", help="default %(default)s")
     parser.add_argument("--task", default="open_and_place", help="simulator: SIMPLER's (default %(default)s)")
     parser.add_argument("--seed", type=int, default=10000, help="simulator: of the episode (default %(default)s)")

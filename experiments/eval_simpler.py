@@ -1,6 +1,6 @@
 """Success rate of a policy on a SIMPLER task, in runs/<name>: results.json, one JSON and one H.264 video per episode.
 
-    python experiments/eval_simpler.py --task open_and_place                        the newest fine-tuned run
+    python experiments/eval_simpler.py --task open_and_place                        newest run, or what is shipped
     python experiments/eval_simpler.py --task open_and_place --checkpoint runs/finetune_self_flow --episodes 50
     python experiments/eval_simpler.py --task open_top_drawer --policy expert       or hold: no motion at all
     python experiments/eval_simpler.py --policy remote --server gpu-box:8000        what serve.py serves there
