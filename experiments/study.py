@@ -178,9 +178,10 @@ class Runner:
 
     def _scan(self, waiting: list[plan.Job]) -> None:
         """What has been done or has failed since, here or elsewhere."""
-        unfinished = {running.job.name for running in self.running}  # may write more after what says that it is done
+        # A script that runs may write more after what says that its job is done.
+        passed = self.done | {running.job.name for running in self.running}
         for job in waiting:
-            if job.name not in self.done | unfinished and plan.done(job):
+            if job.name not in passed and plan.done(job):
                 self.done.add(job.name)
             record = self.folder / f"{job.name}.json"
             if record.exists() and record.stat().st_mtime >= self.began and read(record).get("state") == "failed":
