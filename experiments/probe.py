@@ -14,17 +14,18 @@ gets a quarter more of them; `experiments/benchmark.py train` measures the ratio
     done; done
     python experiments/probe.py --runs runs/sf_* runs/fm_* --name probe_study
 
-Writes runs/<name>: results.json, probe.png. Runs of one method and length are seeds of each other; lengths of two
-methods are compared in order, the shortest with the shortest. Positions are scored by R^2 and mean distance, the rest
-by balanced accuracy; intervals are 95 %: over test episodes for one run, over seeds (Student's t) for several.
-Beside them stands what needs no training: nothing (the mean), a small picture, the codec's latents, and the features of
-an untrained network (at initialisation its blocks are the identity, so there is one layer of them).
+Writes runs/<name>: results.json, probe.png. Runs of one method, length and settings are seeds of each other; lengths of
+two methods are compared in order, the shortest with the shortest. Positions are scored by R^2 and mean distance, the
+rest by balanced accuracy; intervals are 95 %: over test episodes for one run, over seeds (Student's t) for several.
+Beside them stands what needs no training: nothing (the mean), a small picture, the latents of the first run's codec,
+and the features of its network untrained (at initialisation its blocks are the identity: there is one layer of them).
 """
 
 import io
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import numpy as np
 from selfflow_robot.config import ProbeConfig, run
 
 REFERENCE = "flow_matching"  # what other methods are compared with
+SEEDED = {"method", "seed", "pretrained"}  # settings in which seeds of one another differ, or that name the group
 FEW = 5  # test episodes: fewer say little
 BASELINES = ((0, (1, 4)), ":", "-.", "--")  # line styles
 COLOURS = ("#2f7ed8", "#e0761a", "#2e9e62", "#a05cc9", "#c0392b", "#7f8c8d")
@@ -65,8 +67,12 @@ def probe_runs(cfg: ProbeConfig) -> Path:
     def scores(features):
         return {layer: probe.probe(x, targets, episode, test) for layer, x in features.items()}
 
+    # All are read before the first is probed: what is wrong with one ends this before the work.
+    described = [about(name, checkpoint.load(checkpoint.find(name))[1]) for name in names]
+    described = [one | {"variant": variant} for one, variant in zip(described, variants(described))]
+    require_distinct(described)
     results = []
-    for name in track(names, "probing", transient=True):
+    for name, one in track(list(zip(names, described)), "probing", transient=True):
         model, packer, manifest = checkpoint.load_model(name, cfg.weights)
         model, packer = model.to(device), packer.to(device)
         require_view(packer.layout, dataset, name)
@@ -83,7 +89,7 @@ def probe_runs(cfg: ProbeConfig) -> Path:
             }
             baselines = {name: scores({0: x})[0] for name, x in free.items()}
         features = probe.model_features(model, packer, dataset, frames, given, cfg.level, cfg.grid)
-        results.append(about(name, manifest) | {"layers": scores(features)})
+        results.append(one | {"layers": scores(features)})
 
     groups = summarise(results, [target.name for target in targets])
     report = {
@@ -157,9 +163,18 @@ def about(name: str, manifest: dict) -> dict:
         "method": manifest.get("method"),
         "seed": manifest.get("identity", {}).get("seed"),
         "step": manifest["step"],
+        "settings": settings(manifest),
         "train_s": train_seconds(name),
         "sha256": manifest["sha256"],
     }
+
+
+def settings(manifest: dict) -> dict:
+    """What makes a run what it is, beside method and seed; the data by name and content."""
+    identity = {"kind": manifest.get("kind")} | manifest.get("identity", {})
+    name = Path(manifest.get("config", {}).get("data", "")).name
+    data = {"data": f"{name} ({identity['data_hash'][:6]})"} if "data_hash" in identity else {}
+    return {key: value for key, value in identity.items() if key not in SEEDED | {"data_hash"}} | data
 
 
 def train_seconds(name: str) -> float | None:
@@ -192,20 +207,45 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def grouped(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """{(method, step): the runs that are seeds of each other}, shorter ones first."""
-    groups: dict[tuple[str, int], list[dict]] = {}
-    for result in sorted(results, key=lambda r: (str(r["method"]), r["step"], str(r["seed"]))):
-        groups.setdefault((result["method"], result["step"]), []).append(result)
+def variants(results: list[dict]) -> list[str]:
+    """Of each run, its values of the settings in which runs of one method differ, as "codec pixels"; empty where there
+    are none. What differs between methods alone is the methods' own."""
+    differing = set()
+    for method in {result["method"] for result in results}:
+        of = [result["settings"] for result in results if result["method"] == method]
+        differing |= {key for key in set.intersection(*map(set, of)) if any(one[key] != of[0][key] for one in of)}
+    return [
+        ", ".join(f"{key} {r['settings'][key]}" for key in sorted(differing & r["settings"].keys())) for r in results
+    ]
+
+
+def named(method: str, variant: str) -> str:
+    return f"{method}, {variant}" if variant else method
+
+
+def grouped(results: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
+    """{(method, variant, step): the runs that are seeds of each other}, shorter ones first."""
+    groups: dict[tuple[str, str, int], list[dict]] = {}
+    for result in sorted(results, key=lambda r: (str(r["method"]), r["variant"], r["step"], str(r["seed"]))):
+        groups.setdefault((result["method"], result["variant"], result["step"]), []).append(result)
     return groups
 
 
+def require_distinct(results: list[dict]) -> None:
+    """ValueError naming a training that is there twice: it would count as two seeds."""
+    for (method, variant, step), runs in grouped(results).items():
+        for one, other in pairwise(runs):
+            if one["seed"] is not None and one["seed"] == other["seed"]:
+                what = f"{named(method, variant)}, {step} steps, seed {one['seed']}"
+                raise ValueError(f"{one['run']} and {other['run']} are both {what}: leave one of them out")
+
+
 def summarise(results: list[dict], targets: list[str]) -> list[dict]:
-    """Per method and length: the mean over seeds of each run's best layer, and of every layer."""
+    """Per method, variant and length: the mean over seeds of each run's best layer, and of every layer."""
     groups = []
-    for (method, step), runs in grouped(results).items():
-        group = {"method": method, "step": step, "seeds": [r["seed"] for r in runs], "runs": [r["run"] for r in runs]}
-        group |= {"targets": {}, "layers": {}}
+    for (method, variant, step), runs in grouped(results).items():
+        group = {"method": method, "variant": variant, "step": step, "settings": runs[0]["settings"]}
+        group |= {"seeds": [r["seed"] for r in runs], "runs": [r["run"] for r in runs], "targets": {}, "layers": {}}
         for target in targets:
             layers = [best_layer(r, target) for r in runs]
             best = [r["layers"][layer][target] for r, layer in zip(runs, layers)]
@@ -229,11 +269,13 @@ def over_seeds(scores: list) -> dict:
 
 
 def differences(results: list[dict], targets: list[str]) -> list[dict]:
-    """Every other method minus REFERENCE, seed by seed on the same test episodes, lengths paired in order."""
+    """Every other method minus REFERENCE in the same settings, seed by seed on the same test episodes, lengths paired
+    in order."""
     groups, found = grouped(results), []
-    lengths = {method: [key for key in groups if key[0] == method] for method, _ in groups}
-    for method in lengths.keys() - {REFERENCE}:
-        for number, (one, other) in enumerate(zip(lengths[method], lengths.get(REFERENCE, []))):
+    lengths = {kind: [key for key in groups if key[:2] == kind] for kind in dict.fromkeys(key[:2] for key in groups)}
+    for method, variant in (kind for kind in lengths if kind[0] != REFERENCE):
+        reference = lengths.get((REFERENCE, variant), [])
+        for number, (one, other) in enumerate(zip(lengths[method, variant], reference)):
             first, second = ({r["seed"]: r for r in groups[key]} for key in (one, other))
             seeds = [seed for seed in first if seed in second]
             for target in targets if seeds else []:
@@ -242,10 +284,23 @@ def differences(results: list[dict], targets: list[str]) -> list[dict]:
                     for a, b in ((first[seed], second[seed]) for seed in seeds)
                 ]
                 found.append({
-                    "method": method, "length": number, "steps": [one[1], other[1]], "target": target, "seeds": seeds,
-                    "difference": float(np.mean(gains)), "interval": mean_interval(gains),
+                    "method": method, "variant": variant, "length": number, "steps": [one[2], other[2]],
+                    "target": target, "seeds": seeds, "difference": float(np.mean(gains)),
+                    "interval": mean_interval(gains),
                 })  # fmt: skip
-    return sorted(found, key=lambda row: (row["method"], row["length"]))
+    return found
+
+
+def unequal(groups: list[dict]) -> list[str]:
+    """What two methods that are compared differ in beside the method, a line each."""
+    of, lines = {(group["method"], group["variant"]): group["settings"] for group in groups}, []
+    for (method, variant), ours in of.items():
+        theirs = of.get((REFERENCE, variant), ours)
+        keys = sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key])
+        if keys:
+            found = ", ".join(f"{key} ({ours[key]}, {theirs[key]})" for key in keys)
+            lines.append(f"{method} and {REFERENCE} differ in more than the method: {found}")
+    return lines
 
 
 def plain(value):
@@ -288,14 +343,16 @@ def print_report(report: dict, targets: list) -> None:
             notes = f"block {blocks}", millimetres(best["error_mm"])
             cells.append(text(best["value"], best["interval"], ", ".join(filter(None, notes))))
         seeds = f"{len(group['runs'])} seeds" if len(group["runs"]) > 1 else group["runs"][0]
-        table.add_row(f"{group['method']}\n{group['step']} steps, {seeds}", *cells)
-    for length in dict.fromkeys((row["method"], *row["steps"]) for row in report["differences"]):
-        rows = {r["target"]: r for r in report["differences"] if (r["method"], *r["steps"]) == length}
-        name = f"{length[0]} - {REFERENCE}\n{length[1]}, {length[2]} steps"
+        table.add_row(f"{named(group['method'], group['variant'])}\n{group['step']} steps, {seeds}", *cells)
+    for length in dict.fromkeys((row["method"], row["variant"], *row["steps"]) for row in report["differences"]):
+        rows = {r["target"]: r for r in report["differences"] if (r["method"], r["variant"], *r["steps"]) == length}
+        name = f"{named(f'{length[0]} - {REFERENCE}', length[1])}\n{length[2]}, {length[3]} steps"
         table.add_row(name, *(text(rows[t.name]["difference"], rows[t.name]["interval"]) for t in targets))
     Console(width=None if Console().is_terminal else 40 + 26 * len(targets)).print(table)
     for line in report["absent"]:
         print(f"Left out: {line}")
+    for line in unequal(report["groups"]):
+        print(line)
 
 
 def millimetres(error: float | None) -> str:
@@ -310,14 +367,15 @@ def plot(report: dict, targets: list) -> bytes:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(targets), figsize=(3.6 * len(targets), 3.6), squeeze=False)
-    methods = list(dict.fromkeys(group["method"] for group in report["groups"]))
+    kinds = list(dict.fromkeys((group["method"], group["variant"]) for group in report["groups"]))
     for axis, target in zip(axes[0], targets):
         for group in report["groups"]:
             layers = group["layers"][target.name]
-            steps = sorted({g["step"] for g in report["groups"] if g["method"] == group["method"]})
-            style = {"color": COLOURS[methods.index(group["method"]) % len(COLOURS)]}
+            kind = group["method"], group["variant"]
+            steps = sorted({g["step"] for g in report["groups"] if (g["method"], g["variant"]) == kind})
+            style = {"color": COLOURS[kinds.index(kind) % len(COLOURS)]}
             strength = (1 + steps.index(group["step"])) / len(steps)  # longer runs are darker
-            label = f"{group['method']}, {group['step']} steps"
+            label = f"{named(*kind)}, {group['step']} steps"
             axis.plot(
                 list(layers), [s["value"] for s in layers.values()], alpha=0.3 + 0.7 * strength, label=label, **style
             )

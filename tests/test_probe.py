@@ -8,7 +8,17 @@ import torch
 
 from experiments.collect_demos import record
 from experiments.pretrain import pretrain
-from experiments.probe import best_layer, choose_frames, differences, mean_interval, probe_runs, summarise
+from experiments.probe import (
+    best_layer,
+    choose_frames,
+    differences,
+    mean_interval,
+    probe_runs,
+    require_distinct,
+    settings,
+    summarise,
+    variants,
+)
 from selfflow_robot import model as models
 from selfflow_robot import probe
 from selfflow_robot.config import CollectConfig, PretrainConfig, ProbeConfig, overrides
@@ -341,10 +351,11 @@ def test_several_values_on_the_command_line():
     assert overrides(ProbeConfig, ["--runs", "[a,b]", "--level", "0.5"]) == ["runs=[a,b]", "level=0.5"]
 
 
-def result(method, step, seed, values):
+def result(method, step, seed, values, variant=""):
     """A run with one target; values {layer: (test score, validated)}."""
     layers = {layer: {"x": Score(v, (v - 0.1, v + 0.1), val, 1.0)} for layer, (v, val) in values.items()}
-    return {"run": f"{method}{step}{seed}", "method": method, "step": step, "seed": seed, "layers": layers}
+    about = {"run": f"{method}{variant}{step}{seed}", "method": method, "variant": variant, "step": step, "seed": seed}
+    return about | {"settings": {}, "layers": layers}
 
 
 def test_summary_over_seeds_and_paired_differences():
@@ -372,6 +383,42 @@ def test_summary_over_seeds_and_paired_differences():
     assert np.isnan(mean_interval([1.0])).all()
 
 
+def test_runs_of_other_settings_are_no_seeds_of_each_other():
+    def manifest(method, seed, **identity):
+        shared = {"model": "tiny", "lr": 1e-3, "codec": "dct", "data_hash": "abcdef99"} | identity
+        own = {"method": method, "seed": seed, "switch_off": 5 if method == "self_flow" else 0}  # the method's own
+        return {"kind": "pretrain", "method": method, "identity": shared | own, "config": {"data": "data/drawers"}}
+
+    made = [
+        {"method": m["method"], "settings": settings(m)}
+        for method in ("self_flow", "flow_matching")
+        for seed in range(2)
+        for m in (manifest(method, seed), manifest(method, seed, codec="pixels", data_hash="123456aa"))
+    ]
+    names = variants(made)
+    assert names == 4 * ["codec dct, data drawers (abcdef)", "codec pixels, data drawers (123456)"]
+    assert variants(made[::2]) == 4 * [""]  # alike but for seed and method
+
+    results = [
+        result(method, 100, seed, {0: (0.5 + gain * (method == "self_flow"), 0.5)}, variant)
+        for method in ("self_flow", "flow_matching")
+        for variant, gain in (("codec dct", 0.1), ("codec pixels", 0.3))
+        for seed in range(2)
+    ]
+    require_distinct(results)
+    assert [(g["method"], g["variant"], g["seeds"]) for g in summarise(results, ["x"])] == [
+        ("flow_matching", "codec dct", [0, 1]), ("flow_matching", "codec pixels", [0, 1]),
+        ("self_flow", "codec dct", [0, 1]), ("self_flow", "codec pixels", [0, 1]),
+    ]  # fmt: skip
+    found = differences(results, ["x"])
+    assert [(d["variant"], d["difference"]) for d in found] == [
+        ("codec dct", pytest.approx(0.1)), ("codec pixels", pytest.approx(0.3)),
+    ]  # fmt: skip
+    assert not differences(results[:2] + results[6:], ["x"])  # dct of one, pixels of the other
+    with pytest.raises(ValueError, match="are both self_flow, codec dct, 100 steps, seed 0: leave one"):
+        require_distinct([*results, result("self_flow", 100, 0, {}, "codec dct")])
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -384,8 +431,8 @@ def test_from_runs_to_a_table_and_a_plot(workplace, capsys):
     for method in ("self_flow", "flow_matching"):
         pretrain(PretrainConfig(name=method, method=method, steps=2, **common))
     runs = ["self_flow", "flow_matching"]
-    settings = {"data": str(workplace), "frames": 6, "test_share": 0.3, "device": "cpu", "grid": [2, 3]}
-    path = probe_runs(ProbeConfig(runs=runs, **settings))
+    how = {"data": str(workplace), "frames": 6, "test_share": 0.3, "device": "cpu", "grid": [2, 3]}
+    path = probe_runs(ProbeConfig(runs=runs, **how))
     report = json.loads(path.read_text())  # strict JSON: no NaN
     assert "NaN" not in path.read_text()
     assert (report["fitted_episodes"], report["test_episodes"]) == (42, 18)
@@ -402,7 +449,7 @@ def test_from_runs_to_a_table_and_a_plot(workplace, capsys):
     assert (path.parent / "probe.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "object_position" in out and "self_flow - flow_matching" in out and "untrained" in out
-    again = probe_runs(ProbeConfig(runs=runs[:1], name="again", **settings))
+    again = probe_runs(ProbeConfig(runs=runs[:1], name="again", **how))
     assert json.loads(again.read_text())["runs"] == report["runs"][:1]
 
     # the newest of both arms, noised frames, the validation split
@@ -411,6 +458,16 @@ def test_from_runs_to_a_table_and_a_plot(workplace, capsys):
     assert list(json.loads(path.read_text())["runs"][0]["layers"]) == ["0", "1", "2", "3", "4"]
     with pytest.raises(ValueError, match="choose given"):
         probe_runs(ProbeConfig(tokens="given", level=0.5, data=str(workplace)))
+
+    # other settings beside them, or instead
+    pretrain(PretrainConfig(name="other", method="flow_matching", steps=2, **common | {"luma": 6}))
+    path = probe_runs(ProbeConfig(runs=[*runs, "other"], name="three", **how))
+    assert [g["variant"] for g in json.loads(path.read_text())["groups"]] == ["luma 4", "luma 6", "luma 4"]
+    with pytest.raises(ValueError, match="leave one of them out"):
+        probe_runs(ProbeConfig(runs=[*runs, "runs/self_flow"], **how))
+    capsys.readouterr()
+    probe_runs(ProbeConfig(runs=["self_flow", "other"], **how))
+    assert "differ in more than the method: luma (4, 6)" in capsys.readouterr().out
 
 
 def test_mistakes_name_the_remedy(workplace):
