@@ -170,11 +170,9 @@ def about(name: str, manifest: dict) -> dict:
 
 
 def settings(manifest: dict) -> dict:
-    """What makes a run what it is, beside method and seed; the data by name and content."""
+    """What makes a run what it is, beside method and seed."""
     identity = {"kind": manifest.get("kind")} | manifest.get("identity", {})
-    name = Path(manifest.get("config", {}).get("data", "")).name
-    data = {"data": f"{name} ({identity['data_hash'][:6]})"} if "data_hash" in identity else {}
-    return {key: value for key, value in identity.items() if key not in SEEDED | {"data_hash"}} | data
+    return {key: value[:8] if key == "data_hash" else value for key, value in identity.items() if key not in SEEDED}
 
 
 def train_seconds(name: str) -> float | None:
