@@ -67,8 +67,8 @@ def probe_runs(cfg: ProbeConfig) -> Path:
     def scores(features):
         return {layer: probe.probe(x, targets, episode, test) for layer, x in features.items()}
 
-    # All are read before the first is probed: what is wrong with one ends this before the work.
-    described = [about(name, checkpoint.load(checkpoint.find(name))[1]) for name in names]
+    # By their manifests: what is refused is refused before the work. A run that is still going may be further by then.
+    described = [about(name, checkpoint.read_manifest(checkpoint.saved(checkpoint.find(name))[-1])) for name in names]
     described = [one | {"variant": variant} for one, variant in zip(described, variants(described))]
     require_distinct(described)
     results = []
@@ -89,7 +89,7 @@ def probe_runs(cfg: ProbeConfig) -> Path:
             }
             baselines = {name: scores({0: x})[0] for name, x in free.items()}
         features = probe.model_features(model, packer, dataset, frames, given, cfg.level, cfg.grid)
-        results.append(one | {"layers": scores(features)})
+        results.append(one | about(name, manifest) | {"layers": scores(features)})
 
     groups = summarise(results, [target.name for target in targets])
     report = {
