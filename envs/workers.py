@@ -176,12 +176,17 @@ def _work(parent: connection.Connection, start: Callable, arguments: tuple) -> N
         parent.send(("error", f"{type(error).__name__}: {error}{where}"))
 
 
-def write_json(path: Path, value) -> None:
+def write_text(path: Path, text: str) -> None:
     """Atomic: a process may be killed at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager

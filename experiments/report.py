@@ -11,7 +11,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 from string import Template
 
+from envs.workers import write_text
 from selfflow_robot.metrics import paired_comparison, wilson_interval
 
 COLOURS = ("#2f7ed8", "#e0761a", "#2e9e62", "#a05cc9")  # one per arm or run, readable on light and dark
@@ -75,10 +75,7 @@ def report(cfg: ReportConfig) -> Path:
         reproduce=reproduce_section(arms, cfg),
     )
     out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
+    write_text(out, page)
     return out
 
 

@@ -5,6 +5,7 @@
     python experiments/study.py --study selfflow_vs_flow_matching        run it, or go on with it
     python experiments/study.py --study selfflow_vs_flow_matching --only seed0 --jobs 2
     python experiments/study.py --study selfflow_vs_flow_matching --report
+    python experiments/study.py --compare first_look longer_look few_labels    differences found so far, side by side
 
 Stop it at any time: the same command goes on. Start it on as many machines as share the folder: each job is claimed by
 one of them, and a claim whose holder is gone is taken over. A job that fails is reported and the others go on; the next
@@ -30,12 +31,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 
-from envs.workers import write_json
+from envs.workers import write_json, write_text
 
 if __package__:  # imported, by a test; as a script it finds its neighbours beside it
-    from experiments.studies import page, plan, results
+    from experiments.studies import forest, page, plan, results
 else:
-    from studies import page, plan, results
+    from studies import forest, page, plan, results
 
 HERE = Path(__file__).resolve().parent
 STALE = 900.0  # seconds without a sign of life after which a claim counts for nothing
@@ -432,6 +433,24 @@ def report(study: plan.Study, look: int) -> Path:
     return page.write(study, points, jobs, states(jobs, folder), read(study.own / "plans.json"), look)
 
 
+def compare(names: Sequence[str]) -> Path:
+    """All differences between two arms that these studies have found at their last length: printed, and drawn in the
+    file that is returned. What two studies share is shown once, with the first of them."""
+    groups, shown = {}, set()
+    for study in map(plan.load, names):
+        points = plan.points(study, study.looks[results.current_look(study)])
+        for where, rows in page.difference_groups(study, points, results.Outcomes(study)).items():
+            if new := [row for row in rows if row.of not in shown]:
+                groups[f"{study.name}: {where}"] = new
+                shown |= {row.of for row in new}
+    if not groups:
+        raise ValueError(f"{', '.join(names)}: no two arms of a comparison are evaluated at the last length yet")
+    print(forest.text(groups))
+    path = Path("runs/differences.svg")
+    write_text(path, *page.pictures(forest.chart(groups)))
+    return path
+
+
 def execute(study: plan.Study, patterns: Sequence[str], count: int) -> int:
     """Look after look, until the stopping rule or the work ends; returns the exit code."""
     folder = Path(study.root)
@@ -455,7 +474,11 @@ def execute(study: plan.Study, patterns: Sequence[str], count: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", required=True, help="name of a file in experiments/studies, or a YAML file")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--study", help="name of a file in experiments/studies, or a YAML file")
+    which.add_argument(
+        "--compare", nargs="+", metavar="STUDY", help="show the differences found so far by one or several, run nothing"
+    )
     parser.add_argument("--jobs", type=int, default=0, help="at a time; 0 (default): one per GPU, or per core")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PATTERN",
@@ -466,6 +489,9 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a cluster ends a job
     try:
+        if arguments.compare:
+            print(compare(arguments.compare))
+            return 0
         study = plan.load(arguments.study)
         look = results.current_look(study)
         if arguments.list:

@@ -700,7 +700,7 @@ def test_report_says_what_the_numbers_say(tiny):
     assert "no pretraining" in text and "drawer opened" in text
     assert "<script" not in html and "<link" not in html and "url(http" not in html and "@import" not in html
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', html))
-    assert html.count('role="img"') == 2 + 2 + 1  # success and probes of two settings, the cosine
+    assert html.count('role="img"') == 2 + 2 + 1 + 1  # success and probes of two settings, differences, the cosine
     curves = sorted(path.name for path in path.parent.glob("success_*.svg"))
     assert curves == ["success_1.svg", "success_2.svg"]
     for name in curves:
@@ -708,6 +708,30 @@ def test_report_says_what_the_numbers_say(tiny):
     text = text_of(study.report(tiny, 1))  # the next look, of which nothing more was run
     assert "Not decided yet: 2 of 4 trainings" in text
     assert "The look before said: Self-Flow helps: 100% with Self-Flow, 50% with plain" in text
+
+
+def test_differences_of_several_studies(tiny, capsys):
+    Path("better").touch()
+    more = TEXT.replace("arms: [flow_matching, self_flow]}", "arms: [flow_matching, self_flow, none]}")
+    Path("more.yaml").write_text("runs: small\n" + more)
+    assert runner().run(expand(plan.load("more.yaml")))  # with it, all that small.yaml asks for
+    path = study.compare(["small.yaml", "more.yaml"])
+    steps, compute, other = re.split(r"\n(?=\w)", capsys.readouterr().out.rstrip())
+    assert steps.splitlines()[0] == "small: 8 demonstrations, preset tiny, equal steps"
+    # The fake solves every other episode without it, and video is 1 dB better with it.
+    assert re.fullmatch(r" *Self-Flow − plain +\+50 \[[^]]*\] \* +1.00", steps.splitlines()[1])
+    assert "*" not in compute and len(compute.splitlines()) == 1 + 3
+    assert re.search(r"kept − Self-Flow +-50 \[-\d+, -\d+\] +-1.00\n", compute)
+    assert re.search(r"no pretraining − plain +0 \[-\d+, \+\d+\] +0.00$", compute)
+    title, *rows = other.splitlines()
+    assert title.startswith("more: 8") and len(rows) == 1 and "no pretraining − plain" in rows[0]  # the rest is shared
+    picture = ElementTree.parse(path).getroot()  # a file that stands alone
+    assert "differences" in picture.attrib["aria-label"]
+
+
+def test_differences_of_nothing(tiny):
+    with pytest.raises(ValueError, match=r"small\.yaml: no two arms"):
+        study.compare(["small.yaml"])
 
 
 def test_report_of_nothing(tiny):

@@ -3,16 +3,16 @@
 Every number is computed here from the results that are there; what is not there is said, with the reason.
 """
 
-import os
 import re
 from collections import Counter
 from html import escape
 from pathlib import Path
 from string import Template
 
+from envs.workers import write_text
 from selfflow_robot.metrics import Estimate
 
-from . import analysis, plan, results
+from . import analysis, forest, plan, results
 from .plan import Job, Point, Setting, Study
 from .results import Cell, Outcomes
 
@@ -58,14 +58,16 @@ def write(study: Study, points: list[Point], jobs: list[Job], states: dict[str, 
         plan=escape(study.text),
         command=escape(f"python experiments/study.py --study {study.name}"),
     )
-    study.own.mkdir(parents=True, exist_ok=True)
-    curves = re.findall("<svg.*?</svg>", success, re.DOTALL)
-    files = {f"success_{number}.svg": curve for number, curve in enumerate(curves, 1)} | {"report.html": content}
+    files = {f"success_{number}.svg": curve for number, curve in enumerate(pictures(success), 1)}
+    files["report.html"] = content
     for name, text in files.items():
-        temporary = study.own / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, study.own / name)
+        write_text(study.own / name, text)
     return study.own / "report.html"
+
+
+def pictures(html: str) -> list[str]:
+    """Its charts, each a file that stands alone."""
+    return re.findall("<svg.*?</svg>", html, re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -157,7 +159,7 @@ def success_section(study: Study, points: list[Point], outcomes: Outcomes) -> st
         if not ours:
             continue
         arms, lengths = list(dict.fromkeys(c.arm for c in ours)), sorted({c.length for c in ours})
-        html.append(f"<h3>{heading(where)}</h3>" + curve_chart(study, ours, arms, outcomes))
+        html.append(f"<h3>{escape(heading(where))}</h3>" + curve_chart(study, ours, arms, outcomes))
         rows = []
         for arm in arms:
             row = [key(study, arm)]
@@ -210,6 +212,40 @@ def comparisons(study: Study, points: list[Point]) -> list[tuple[Setting, str, s
     return [one for one in dict.fromkeys(found) if {one[:2], one[::2]} <= there]
 
 
+def difference_groups(study: Study, points: list[Point], outcomes: Outcomes) -> forest.Groups:
+    """Every comparison at the last length, as far as it was evaluated; 95% intervals, of the primary one at the level
+    of the looks."""
+    cells, modes = results.by_cell(points), results.modes(study, points)
+    last, first, second = max(study.finetune["lengths"]), study.primary["first"], study.primary["second"]
+    groups: forest.Groups = {}
+    for where, arm, other in comparisons(study, points):
+        sides = [cells[Cell(where, name, last)] for name in (arm, other)]
+        tables = outcomes.table(*sides)
+        if not all(table.size for table in tables):
+            continue
+        decides = (where, arm, other) == (Setting.of(study.primary), first, second)
+        level = analysis.level_of(len(study.looks)) if decides else 0.05
+        label = f"{study.arms[arm]['label']} − {study.arms[other]['label']}"
+        video = measured_difference(modes, where, arm, other, "world_model_psnr_moving")
+        compared = tuple(f"{study.root}/{side[0].evaluation}" for side in sides)
+        row = forest.Row(label, compared, analysis.difference(*tables, level), video, decides)
+        groups.setdefault(heading(where), []).append(row)
+    return groups
+
+
+def measured_difference(modes: dict, where: Setting, arm: str, other: str, measure: str) -> Estimate:
+    """Of a measure of modes.py, seed by seed; NaN where it was not measured."""
+    first, second = (
+        {
+            seed: values[measure]
+            for seed, values in modes.get((where, name), {}).items()
+            if values.get(measure) is not None
+        }
+        for name in (arm, other)
+    )
+    return analysis.paired_over_seeds(first, second)
+
+
 def difference_section(study: Study, points: list[Point], outcomes: Outcomes) -> str:
     cells = results.by_cell(points)
     last = max(study.finetune["lengths"])
@@ -241,9 +277,14 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
         "Percentage points; 95% intervals from a bootstrap over training seeds and episodes together (Student's t, "
         "never narrower than Newcombe's paired interval). McNemar's exact p per training seed, with the episodes that "
         "only one of the two checkpoints solved: it compares those checkpoints, not the methods. All but the primary "
-        "comparison is exploration: of twenty such intervals one misses zero by chance."
+        "comparison is exploration: of twenty such intervals one misses zero by chance. In the picture it is filled, "
+        "and its interval that of the looks."
     )
-    html = parts.table([*head, f"after {last} steps", "seeds", "points", "McNemar per seed"], rows) if rows else ""
+    html = ""
+    if rows:
+        groups = difference_groups(study, points, outcomes)
+        html = f'<div class="scroll wide">{forest.chart(groups)}</div>'
+        html += parts.table([*head, f"after {last} steps", "seeds", "points", "McNemar per seed"], rows)
     if early:
         shown = parts.table([*head, "steps", "seeds", "points"], early)
         html += f"<details><summary>at the other lengths</summary>{shown}</details>"
@@ -283,7 +324,7 @@ def probe_section(study: Study, points: list[Point]) -> str:
                     for t in targets
                 ]
                 rows.append([less(study, arm, other), *(gap.text() for gap in gaps)])
-        html.append(f"<h3>{heading(where)}, after {last} pretraining steps</h3>" + legend(study, list(ours)))
+        html.append(f"<h3>{escape(heading(where))}, after {last} pretraining steps</h3>" + legend(study, list(ours)))
         html.append(f'<div class="scroll wide">{parts.draw(figure, "probe accuracy by block")}</div>')
         html.append(parts.table(["best block", *(escape(t.replace("_", " ")) for t in targets)], rows))
     note = (
@@ -318,16 +359,13 @@ def modes_section(study: Study, points: list[Point]) -> str:
         for place, arm, other in comparisons(study, points):
             if place != where or arm not in ours or other not in ours:
                 continue
-            cells = []
-            for measure, (_, digits, _) in MEASURES.items():
-                first, second = (
-                    {s: v[measure] for s, v in ours[name].items() if v.get(measure) is not None}
-                    for name in (arm, other)
-                )
-                cells.append(analysis.paired_over_seeds(first, second).text(digits))
+            cells = [
+                measured_difference(found, where, arm, other, measure).text(digits)
+                for measure, (_, digits, _) in MEASURES.items()
+            ]
             rows.append([less(study, arm, other), *cells])
         head = [f"{title} ({'high' if high else 'low'} is good)" for title, _, high in MEASURES.values()]
-        html.append(f"<h3>{heading(where)}</h3>" + parts.table(["", *map(escape, head)], rows))
+        html.append(f"<h3>{escape(heading(where))}</h3>" + parts.table(["", *map(escape, head)], rows))
     note = (
         "At the last length, on the same held-out windows with the same noise (experiments/modes.py); 95% intervals "
         "over training seeds, of differences seed by seed."
@@ -444,7 +482,7 @@ def with_actions(where: Setting) -> str:
 
 def heading(where: Setting) -> str:
     count = f"{where.data} demonstrations{with_actions(where)}"
-    return f"{count}, preset {escape(where.model)}, equal {escape(where.budget)}"
+    return f"{count}, preset {where.model}, equal {where.budget}"
 
 
 def colour(study: Study, arm: str) -> str:
