@@ -650,6 +650,15 @@ def test_only(tiny):
         study.execute(tiny, ["evaluate_none", "nothing"], 1)
 
 
+def test_only_does_not_make_again_what_something_finished_needed(tiny):
+    """A backbone that was brought from elsewhere: neither its shorter lengths nor its data are made for it."""
+    backbone = Path("runs/small/pretrain_self_flow_tiny_8_seed0_at_100/config.json")
+    backbone.parent.mkdir(parents=True)
+    backbone.write_text(json.dumps({"step": 100, "kind": "pretrain"}))
+    assert study.execute(tiny, ["evaluate_self_flow_from_100_tiny_8_seed0_at_40"], 1) == 0
+    assert [line.split()[0] for line in calls()] == ["collect_demos", "finetune", "export", "eval_simpler"]
+
+
 def test_slots_take_accelerators_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in study.slots(3)] == ["3", "5", "3"]

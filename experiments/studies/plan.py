@@ -355,13 +355,13 @@ def done(job: Job) -> bool:
 
 
 def closure(all_jobs: list[Job], wanted: Iterable[str]) -> list[Job]:
-    """The jobs `wanted`, and what they need."""
+    """The jobs `wanted`, and what they need; of what is done only itself, for it may have been made elsewhere."""
     by_name, keep = {job.name: job for job in all_jobs}, set()
 
     def visit(name: str) -> None:
         if name not in keep:
             keep.add(name)
-            for need in by_name[name].needs:
+            for need in () if done(by_name[name]) else by_name[name].needs:
                 visit(need)
 
     for name in wanted:
