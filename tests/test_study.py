@@ -442,6 +442,13 @@ def test_conclusion(interval, said):
     assert analysis.conclusion(("A", "B"), rates, Estimate(*interval), 0.1, "on x").startswith(said)
 
 
+@pytest.mark.parametrize(("rates", "end"), [((0.08, 0.07), "0%"), ((0.93, 0.96), "100%"), ((0.5, 0.52), None)])
+def test_a_margin_says_little_at_either_end(rates, end):
+    text = analysis.conclusion(("A", "B"), [Estimate(rate, 0, 1) for rate in rates], Estimate(0, -0.05, 0.05), 0.1, "x")
+    assert text.startswith("No difference distinguishable from zero, and none beyond 10 points")
+    assert re.findall(r"within 10 points of (\d+%): there is little room", text) == ([end] if end else [])
+
+
 # --------------------------------------------------------------------------------------------------------------- claims
 
 

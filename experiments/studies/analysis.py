@@ -158,7 +158,11 @@ def conclusion(labels: tuple[str, str], rates: tuple[Estimate, Estimate], found:
     if found.high < 0:
         return f"{first} harms: {numbers}."
     if -margin < found.low and found.high < margin:
-        return f"No difference distinguishable from zero, and none beyond {100 * margin:.0f} points: {numbers}."
+        said = f"No difference distinguishable from zero, and none beyond {100 * margin:.0f} points: {numbers}."
+        for end, near in ((0, max(rate.value for rate in rates)), (1, 1 - min(rate.value for rate in rates))):
+            if near < margin:
+                said += f" Both lie within {100 * margin:.0f} points of {end:.0%}: there is little room for one."
+        return said
     return f"No difference distinguishable from zero: {numbers}."
 
 
