@@ -705,6 +705,8 @@ def test_report_says_what_the_numbers_say(tiny):
     html, text = path.read_text(), text_of(path)
     level = f"{100 * (1 - analysis.level_of(2)):.1f}%"
     assert "Self-Flow helps: 100% with Self-Flow, 50% with plain, difference +50 points" in text and level in text
+    interval = re.search(r"difference \+50 points (\[[^]]*\])", text)[1]
+    assert f"success 1, 1 +50 {interval} 0.002" in text  # the table says what the conclusion says
     assert "1 training seed per arm, 20 episodes each" in text and "it speaks of two checkpoints" in text
     assert "Go on after look 1 of 2: one training seed" in text and "At equal compute (tested" in text
     assert "100% 20/20 [84%, 100%], 1" in text and "50% 10/20 [30%, 70%], 1" in text

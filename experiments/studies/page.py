@@ -106,11 +106,10 @@ def conclusion_section(study: Study, points: list[Point], outcomes: Outcomes, lo
     if found is None:
         return text
     decision = analysis.decide(found[1], look + 1, len(study.looks), study.primary["margin"], study.looks[look])
-    level = analysis.level_of(len(study.looks))
     verb = "Stop" if decision.stop else "Go on"
     text += (
         f"<p>{verb} after look {look + 1} of {len(study.looks)}: {escape(decision.why)}. Intervals of the primary "
-        f"comparison are at {100 * (1 - level):.1f}%, so that all looks together keep 95%.</p>"
+        f"comparison are at {100 * (1 - level(study, True)):.1f}%, so that all looks together keep 95%.</p>"
     )
     if study.primary["budget"] == "steps" and (
         compute := results.primary_difference(study, points, outcomes, "compute")
@@ -215,22 +214,35 @@ def comparisons(study: Study, points: list[Point]) -> list[tuple[Setting, str, s
 def difference_groups(study: Study, points: list[Point], outcomes: Outcomes) -> forest.Groups:
     """Every comparison at the last length, as far as it was evaluated; 95% intervals, of the primary one at the level
     of the looks."""
-    cells, modes = results.by_cell(points), results.modes(study, points)
-    last, first, second = max(study.finetune["lengths"]), study.primary["first"], study.primary["second"]
+    cells, modes, last = results.by_cell(points), results.modes(study, points), max(study.finetune["lengths"])
     groups: forest.Groups = {}
     for where, arm, other in comparisons(study, points):
         sides = [cells[Cell(where, name, last)] for name in (arm, other)]
         tables = outcomes.table(*sides)
         if not all(table.size for table in tables):
             continue
-        decides = (where, arm, other) == (Setting.of(study.primary), first, second)
-        level = analysis.level_of(len(study.looks)) if decides else 0.05
+        decides = is_primary(study, where, arm, other)
+        success = analysis.difference(*tables, level(study, decides))
         label = f"{study.arms[arm]['label']} − {study.arms[other]['label']}"
         video = measured_difference(modes, where, arm, other, "world_model_psnr_moving")
-        compared = tuple(f"{study.root}/{side[0].evaluation}" for side in sides)
-        row = forest.Row(label, compared, analysis.difference(*tables, level), video, decides)
+        row = forest.Row(label, compared(study, sides), success, video, decides)
         groups.setdefault(heading(where), []).append(row)
     return groups
+
+
+def is_primary(study: Study, where: Setting, arm: str, other: str) -> bool:
+    return (where, arm, other) == (Setting.of(study.primary), study.primary["first"], study.primary["second"])
+
+
+def level(study: Study, decides: bool) -> float:
+    """Of an interval: of the comparison that decides, so that all looks together keep 5%."""
+    return analysis.level_of(len(study.looks)) if decides else 0.05
+
+
+def compared(study: Study, sides: list[list[Point]]) -> tuple[str, str]:
+    """What was evaluated of the first training seed of each of two arms."""
+    first, second = (f"{study.root}/{side[0].evaluation}" for side in sides)
+    return first, second
 
 
 def measured_difference(modes: dict, where: Setting, arm: str, other: str, measure: str) -> Estimate:
@@ -249,26 +261,28 @@ def measured_difference(modes: dict, where: Setting, arm: str, other: str, measu
 def difference_section(study: Study, points: list[Point], outcomes: Outcomes) -> str:
     cells = results.by_cell(points)
     last = max(study.finetune["lengths"])
-    rows, early = [], []
+    groups, rows, early = difference_groups(study, points, outcomes), [], []
+    found = {row.of: row.success for group in groups.values() for row in group}
     for where, arm, other in comparisons(study, points):
         for length in study.finetune["lengths"]:
-            sides = [cells.get(Cell(where, name, length), []) for name in (arm, other)]
+            sides = [cells[Cell(where, name, length)] for name in (arm, other)]
             first, second = outcomes.table(*sides)
             if not first.size or not second.size:
                 continue
             row = [*setting_cells(where), less(study, arm, other)]
-            estimate = difference_text(analysis.difference(first, second))
             seeds = f"{len(first)}, {len(second)}"
             if length != last:
-                early.append([*row, str(length), seeds, estimate])
+                early.append([*row, str(length), seeds, difference_text(analysis.difference(first, second))])
                 continue
             pairs = analysis.mcnemar(first, second)
             values = ", ".join(f"{pair.p_value:.2g}&nbsp;({pair.only_first}:{pair.only_second})" for pair in pairs)
+            estimate = difference_text(found[compared(study, sides)])
             rows.append([*row, "success", seeds, estimate, f"<span class='wrap'>{values}</span>"])
             for subgoal in subgoals(outcomes, sides[0]):
                 one, two = outcomes.table(*sides, key=subgoal)
                 if one.size and two.size:
-                    text = difference_text(analysis.difference(one, two))
+                    at = level(study, is_primary(study, where, arm, other))
+                    text = difference_text(analysis.difference(one, two, at))
                     rows.append([*[""] * 4, escape(parts.label(subgoal)), "", text, ""])
     if not rows and not early:
         return parts.note("No two arms of a comparison are evaluated at the same length yet.")
@@ -277,12 +291,11 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
         "Percentage points; 95% intervals from a bootstrap over training seeds and episodes together (Student's t, "
         "never narrower than Newcombe's paired interval). McNemar's exact p per training seed, with the episodes that "
         "only one of the two checkpoints solved: it compares those checkpoints, not the methods. All but the primary "
-        "comparison is exploration: of twenty such intervals one misses zero by chance. In the picture it is filled, "
-        "and its interval that of the looks."
+        "comparison is exploration: of twenty such intervals one misses zero by chance. In the picture it is filled; "
+        "its interval at the last length is that of the looks."
     )
     html = ""
     if rows:
-        groups = difference_groups(study, points, outcomes)
         html = f'<div class="scroll wide">{forest.chart(groups)}</div>'
         html += parts.table([*head, f"after {last} steps", "seeds", "points", "McNemar per seed"], rows)
     if early:
