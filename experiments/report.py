@@ -24,6 +24,7 @@ from selfflow_robot.metrics import paired_comparison, wilson_interval
 
 COLOURS = ("#2f7ed8", "#e0761a", "#2e9e62", "#a05cc9")  # one per arm or run, readable on light and dark
 GREY = "#888888"
+LINES = {"-": "solid", "--": "dashed", ":": "dotted"}
 RATES = {"success_final": "success at the last step", "success_any": "success at any step"}
 
 
@@ -169,10 +170,11 @@ def training_section(runs: dict[str, dict[str, dict[int, float]]]) -> str:
     for panel, keys in panels.items():
         figure, axis = pyplot.subplots(figsize=(3.6, 2.6))
         for i, curves in enumerate(runs.values()):
-            for style, key in zip(("-", "--", ":"), keys):
+            for style, key in zip(LINES, keys):
                 if points := sorted(curves.get(key, {}).items()):
                     axis.plot(*zip(*points), style, color=colour(i), linewidth=1.3)
-        axis.set_title(panel if len(keys) == 1 else f"{keys[0]} (solid), {', '.join(keys[1:])}", fontsize=8)
+        names = [f"{key} ({style})" for style, key in zip(LINES.values(), keys)] if len(keys) > 1 else keys
+        axis.set_title("\n".join(names), fontsize=8)
         axis.set_xlabel("step", fontsize=8)
         charts.append(draw(figure, f"training curves: {panel}"))
     legend = "".join(
