@@ -262,7 +262,7 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
     cells = results.by_cell(points)
     last = max(study.finetune["lengths"])
     groups, rows, early = difference_groups(study, points, outcomes), [], []
-    found = {row.of: row.success for group in groups.values() for row in group}
+    found = {(title, row.of): row.success for title, group in groups.items() for row in group}
     for where, arm, other in comparisons(study, points):
         for length in study.finetune["lengths"]:
             sides = [cells[Cell(where, name, length)] for name in (arm, other)]
@@ -276,7 +276,7 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
                 continue
             pairs = analysis.mcnemar(first, second)
             values = ", ".join(f"{pair.p_value:.2g}&nbsp;({pair.only_first}:{pair.only_second})" for pair in pairs)
-            estimate = difference_text(found[compared(study, sides)])
+            estimate = difference_text(found[heading(where), compared(study, sides)])
             rows.append([*row, "success", seeds, estimate, f"<span class='wrap'>{values}</span>"])
             for subgoal in subgoals(outcomes, sides[0]):
                 one, two = outcomes.table(*sides, key=subgoal)
