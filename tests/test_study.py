@@ -100,7 +100,7 @@ elif script == "eval_simpler":
     for number in range(int(args["--episodes"])):
         good = better or number % 2 == 0
         episodes.append({"seed": int(args["--first_seed"]) + number, "success_final": good, "success_any": good,
-                         "subgoals": {"drawer_opened": True}, "steps": 9, "video": None})
+                         "subgoals": {"drawer_opened": True, "apple_placed": good}, "steps": 9, "video": None})
     write(f"runs/{args['--name']}/results.json", {"task": args["--task"], "episodes": episodes, "crashed": []})
 elif script == "probe":
     better = 0.1 * ("self_flow" in args["--runs"])
@@ -716,6 +716,7 @@ def test_report_says_what_the_numbers_say(tiny):
     layers = html[html.index("What the layers know") : html.index("World model and actions")]
     assert "</span>Self-Flow<" in layers and "</span>kept<" not in layers  # the same pretraining is shown once
     assert "no pretraining" in text and "drawer opened" in text
+    assert "apple placed" not in text  # every episode's success, so nothing beside it
     assert "<script" not in html and "<link" not in html and "url(http" not in html and "@import" not in html
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', html))
     assert html.count('role="img"') == 2 + 2 + 1 + 1  # success and probes of two settings, differences, the cosine

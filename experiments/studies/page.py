@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from envs.workers import write_text
 from selfflow_robot.metrics import Estimate
 
@@ -280,7 +282,8 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
             rows.append([*row, "success", seeds, estimate, f"<span class='wrap'>{values}</span>"])
             for subgoal in subgoals(outcomes, sides[0]):
                 one, two = outcomes.table(*sides, key=subgoal)
-                if one.size and two.size:
+                alone = not (np.array_equal(one, first) and np.array_equal(two, second))  # else it is the success
+                if one.size and two.size and alone:
                     at = level(study, is_primary(study, where, arm, other))
                     text = difference_text(analysis.difference(one, two, at))
                     rows.append([*[""] * 4, escape(parts.label(subgoal)), "", text, ""])
