@@ -197,7 +197,8 @@ def curve_chart(study: Study, cells: dict, arms: list[str], outcomes: Outcomes) 
         style = {"markersize": 4, "linewidth": 1.3, "capsize": 3, "color": colour(study, arm)}
         axis.errorbar(x, y, around, fmt="o-", label=study.arms[arm]["label"], **style)
     axis.set(xlabel="fine-tuning steps", ylabel="success, % of episodes", ylim=(-3, 103))
-    axis.legend(frameon=False)  # in the picture: it is a file of its own too
+    axis.set_xticks(sorted({c.length for c in cells}))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # in the picture: it is a file of its own too
     return f'<div class="scroll wide">{parts.draw(figure, "success against training steps")}</div>'
 
 
