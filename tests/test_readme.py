@@ -48,4 +48,4 @@ def test_pictures_and_links_lead_somewhere(path):
     assert [link for link in local if not (path.parent / link).exists()] == []
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", DOCS[path])
     assert [picture for picture in pictures if not (path.parent / picture).is_file()] == []
-    assert pictures or path.name != "README.md"
+    assert path.name != "README.md" or "docs/open_and_place.gif" in pictures
