@@ -112,14 +112,20 @@ class ProtocolEpisode:
         return self.choices if self.variant == VISUAL_MATCHING else {**self.choices, "variant": self.variant}
 
 
-def protocol_episodes(task: str | Task, protocol: str, first_seed: int = 0, count: int = 1) -> list[ProtocolEpisode]:
-    """All episodes of a protocol; first_seed and count belong to "random" alone.
+def protocol_episodes(
+    task: str | Task, protocol: str, first_seed: int = 0, count: int = 1, margin: float = 0.0
+) -> list[ProtocolEpisode]:
+    """All episodes of a protocol; first_seed, count and margin (m, `Task.draw`) belong to "random" alone.
 
-    Raises ValueError for an unknown protocol and where none was published for a task.
+    Raises ValueError for an unknown protocol, where none was published for a task, and for a margin of what has none.
     """
     task = get_task(task) if isinstance(task, str) else task
+    check_margin(margin, [task])
     if protocol == "random":
-        return [ProtocolEpisode(seed, seed) for seed in range(first_seed, first_seed + count)]
+        seeds = range(first_seed, first_seed + count)
+        return [ProtocolEpisode(seed, seed, choices=task.beyond(seed, margin)) for seed in seeds]
+    if margin:
+        raise ValueError(f"the episodes of {protocol} are fixed: a margin is for --protocol random")
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     if len(task.models) > 1 or (task.kind == "put_on" and protocol == "variant_aggregation"):
@@ -130,6 +136,13 @@ def protocol_episodes(task: str | Task, protocol: str, first_seed: int = 0, coun
         ProtocolEpisode(number, first, group, choices, variant, variant not in CAMERAS)
         for number, (group, choices, variant) in enumerate(parts)
     ]
+
+
+def check_margin(margin: float, tasks: list[Task]) -> None:
+    """ValueError unless margin (m) is 0, or positive and there is something in one of `tasks` that it widens."""
+    if not 0 <= margin < np.inf or (margin and not any(task.widened for task in tasks)):
+        names = ",".join(task.short for task in tasks)
+        raise ValueError(f"margin {margin} (m, from 0) is for tasks that draw a place of object or robot; got {names}")
 
 
 def _visual_matching(task: Task) -> Iterator[tuple[tuple, dict, Variant]]:
@@ -198,16 +211,18 @@ def make_protocol(
     shader: str = "default",
     simulator: str = "ours",
     physics: str = "default",
+    margin: float = 0.0,
 ) -> dict:
     """Everything about a measurement that does not belong to the policy. ValueError for an unknown task, protocol or
     physics."""
     if physics not in PHYSICS:
         raise ValueError(f"unknown physics {physics!r}; known: {', '.join(PHYSICS)}")
-    task, episodes = get_task(task), protocol_episodes(task, protocol, first_seed, count)
+    task, episodes = get_task(task), protocol_episodes(task, protocol, first_seed, count, margin)
     control, simulation = RATES[task.robot]
     full = PICTURE_SIZES[task.robot]
     starts = [asdict(episode) | {"number": 0} for episode in episodes]
     published = protocol != "random"
+    beyond = f", {task.widened[-1]} up to {margin} m beyond" if margin else ""
     return {
         "benchmark": "SIMPLER",
         "simulator": simulator,
@@ -216,7 +231,7 @@ def make_protocol(
         "env_id": f"simpler/{task.short}-v0",
         "seeds": {"first": episodes[0].number, "count": len(episodes)},
         "episodes_hash": protocol_hash(starts) if published else None,
-        "reset": "the protocol's episodes" if published else "upstream's random draws from the seed",
+        "reset": "the protocol's episodes" if published else f"upstream's random draws from the seed{beyond}",
         "scene": "built anew for every episode",
         "step_limit": task.max_steps,
         "control_hz": control,

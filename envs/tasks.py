@@ -179,8 +179,9 @@ class Task:
     def draw(self, seed: int, margin: float = 0.0) -> dict:
         """What upstream's reset draws from `seed`: the choices of this task's `options`, and urdf_version.
 
-        Upstream restarts its stream before every group of draws; keep that to get its episodes. margin (m): `object_xy`
-        is drawn from an area that reaches so much further on every side; upstream has none.
+        Upstream restarts its stream before every group of draws; keep that to get its episodes. margin (m), which
+        upstream has not: `object_xy` is drawn from an area that reaches so much further on every side; in drawer tasks,
+        which begin from nine places of the robot alone, `robot_xy` is drawn up to so far from them along both axes.
         """
         stream = np.random.RandomState(seed)
 
@@ -206,7 +207,27 @@ class Task:
             low, high = PICK_XY if self.kind == "pick" else PLACE_XY
             low, high = np.subtract(low, margin), np.add(high, margin)
             drawn["object_xy"] = tuple(np.random.RandomState(seed).uniform(low, high).tolist())
+        elif self.poses and margin:
+            beside = np.random.default_rng([seed, 0]).uniform(-margin, margin, 2)
+            drawn["robot_xy"] = tuple(np.add(POSES[drawn["pose"]][:2], beside).tolist())
         return drawn
+
+    @property
+    def widened(self) -> tuple[str, ...]:
+        """The choices that a margin decides; none where everything has its numbered place."""
+        if self.kind in ("pick", "place"):
+            return ("object_xy",)
+        return ("pose", "robot_xy") if self.poses else ()
+
+    def beyond(self, seed: int, margin: float) -> dict:
+        """Reset options that widen the draw of `seed`; none without a margin."""
+        drawn = self.draw(seed, margin)
+        return {name: drawn[name] for name in self.widened} if margin else {}
+
+    def start(self, seed: int, choices: dict) -> dict:
+        """Where everything is when the episode of `seed` with these choices begins: what is drawn but for colours.
+        Episodes that share it repeat each other but for what a policy makes of colours."""
+        return {name: value for name, value in (self.draw(seed) | choices).items() if name != "urdf_version"}
 
     def setup(self, choices: dict, variant: Variant = VISUAL_MATCHING) -> Setup:
         """The scene of these choices (`draw`, changed at will). ValueError naming a choice that does not exist."""

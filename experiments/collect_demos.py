@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.protocol import check_margin
 from envs.rollout import HOLD_STEPS, Demonstrator, rollout
 from envs.tasks import get_tasks
 from envs.workers import Workers, progress, write_json
@@ -36,8 +37,7 @@ def collect(cfg: CollectConfig, start=None) -> Path:
     """
     tasks = get_tasks(cfg.task)
     shorts = ",".join(task.short for task in tasks)
-    if not 0 <= cfg.margin < np.inf or (cfg.margin and not any("object_xy" in task.options for task in tasks)):
-        raise ValueError(f"margin {cfg.margin} (m, from 0) is for tasks that place an object anywhere; got {shorts}")
+    check_margin(cfg.margin, tasks)
     if cfg.linger < 0:
         raise ValueError(f"linger {cfg.linger}: control steps, from 0")
     root = Path("data") / (cfg.name or "+".join(task.short for task in tasks))
@@ -107,8 +107,7 @@ def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failure
     expert = make_expert(env, np.random.default_rng([seed, 0]), cfg.variation)
     rng = np.random.default_rng([seed, 1])
     demonstrator = Demonstrator(expert, rng, cfg.disturbance, driver, cfg.policy_fraction, hold=HOLD_STEPS)
-    drawn = env.unwrapped.task.draw(seed, cfg.margin) if cfg.margin else {}
-    place = {"object_xy": drawn["object_xy"]} if "object_xy" in drawn else {}
+    place = env.unwrapped.task.beyond(seed, cfg.margin)
     episode = rollout(env, demonstrator, seed, linger=cfg.linger, options=place)
     if episode.success_final or keep_failures:
         arrays = (episode.frames, episode.proprio, episode.action, episode.executed)

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from envs.protocol import PHYSICS, PUBLISHED, average, make_protocol, protocol_episodes, protocol_hash
 from envs.rollout import Demonstrator, Episode, HoldStill, rollout
-from envs.tasks import get_task
+from envs.tasks import VISUAL_MATCHING, get_task
 from envs.workers import Workers, progress, write_json
 from selfflow_robot import checkpoint
 from selfflow_robot.config import EvalConfig, run
@@ -59,12 +59,13 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
     subject = Path(identity["checkpoint"]).name if identity["checkpoint"] else cfg.policy
     usual = {"protocol": "random", "simulator": "ours", "physics": "default"}
     parts = [getattr(cfg, name) for name, value in usual.items() if getattr(cfg, name) != value]
+    parts += [f"margin_{cfg.margin}"] if cfg.margin else []
     folder = Path("runs") / (cfg.name or "_".join(["eval", subject, task.short, *parts]))
     protocol = make_protocol(
         cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes,
-        cfg.width, cfg.height, cfg.shader, cfg.simulator, cfg.physics,
+        cfg.width, cfg.height, cfg.shader, cfg.simulator, cfg.physics, cfg.margin,
     )  # fmt: skip
-    starts = protocol_episodes(cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes)
+    starts = protocol_episodes(cfg.task, cfg.protocol, cfg.first_seed, cfg.episodes, cfg.margin)
     seeds = [start.number for start in starts]
     if not cfg.resume:
         shutil.rmtree(folder / "episodes", ignore_errors=True)
@@ -91,6 +92,7 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         results["score"] = score(starts, results["episodes"])
         results["groups"] = summarize_groups(starts, results["episodes"])
         results["alarm"] = alarm_quality(results["episodes"])
+        results["starts"] = count_starts(results["episodes"])
         results["standins"] = sorted({text for episode in results["episodes"] for text in episode.get("standins", [])})
         write_json(folder / "results.json", results)
 
@@ -250,12 +252,13 @@ def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int, alarm
     """Roll out one episode of the protocol; write its video, then its record, each at once."""
     began = datetime.now(timezone.utc)
     first = seed if cfg.protocol == "random" else 0
-    start = next(e for e in protocol_episodes(cfg.task, cfg.protocol, first) if e.number == seed)
-    options = start.options if cfg.protocol != "random" else None
-    episode = rollout(env, make_policy(seed), start.seed, options=options)
+    start = next(e for e in protocol_episodes(cfg.task, cfg.protocol, first, margin=cfg.margin) if e.number == seed)
+    episode = rollout(env, make_policy(seed), start.seed, options=start.options)
+    variant = {} if start.variant == VISUAL_MATCHING else {"variant": start.variant.name}
     record = {
         "seed": seed,
         "group": list(start.group),
+        "start": get_task(cfg.task).start(start.seed, start.choices) | variant,
         "standins": episode.standins,
         "steps": episode.steps,
         "success_final": episode.success_final,
@@ -289,6 +292,12 @@ def read_episodes(folder: Path, seeds: list[int]) -> dict[int, dict]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return episodes
+
+
+def count_starts(episodes: list[dict]) -> int | None:
+    """How many of the starts are different ones (`Task.start`); None where one is not known, in old records."""
+    starts = [json.dumps(episode.get("start"), sort_keys=True) for episode in episodes]
+    return None if "null" in starts else len(set(starts))
 
 
 def summarize(episodes: list[dict]) -> dict[str, dict]:
@@ -385,6 +394,11 @@ def print_table(results: dict, folder: Path) -> None:
     for name, q in results["alarm"].items():
         interval = f"AUC {q['value']:.2f} [{q['low']:.2f}, {q['high']:.2f}]"
         print(f"alarm for {name.replace('_', ' ')} missed: {interval}, {q['failures']} of {q['n']} episodes")
+    if results["starts"] and results["starts"] < len(results["episodes"]):
+        print(
+            f"{len(results['episodes'])} episodes from {results['starts']} different starts, colours aside: what the "
+            "policy does from one it mostly repeats, so as a sample of starts the intervals are too narrow"
+        )
     if protocol["protocol"] != "random":
         print(f"score, averaged as upstream does: {results['score']['success_final']:.3f}")
     for text in results["standins"]:

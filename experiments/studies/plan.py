@@ -37,6 +37,7 @@ class Study:
     evaluate: dict  # {episodes, on_the_way, first_seed, settings}
     modes: dict  # {windows}
     seconds: dict  # for estimates: {step: {model: s}, episode, demonstration, probe, modes, imagine}
+    margin: float = 0.0  # m, of demonstrations and evaluation (`Task.draw`): drawers are opened from anywhere
     runs: str = ""  # the study in whose folder it works, so that what both need is made once; empty: in its own
     text: str = ""  # the file
 
@@ -106,8 +107,9 @@ def load(name: str | Path) -> Study:
         raise ValueError(f"no study {name} ({path}); there are {known}")
     text = path.read_text()
     content = yaml.safe_load(text)
-    keys = {field.name for field in fields(Study)} - {"name", "runs", "text"}
-    given = content.keys() - {"runs"} if isinstance(content, dict) else set()
+    optional = {"runs", "margin"}
+    keys = {field.name for field in fields(Study)} - {"name", "text"} - optional
+    given = content.keys() - optional if isinstance(content, dict) else set()
     if given != keys:
         raise ValueError(f"{path}: missing or unknown keys: {', '.join(sorted(keys ^ given))}")
     study = Study(name=path.stem, text=text, **content)
@@ -286,13 +288,18 @@ def _word(value) -> str:
 
 
 def data_folder(study: Study, episodes: int, first_seed: int = 0) -> str:
-    return f"data/{study.task}_{episodes}" + (f"_from_{first_seed}" if first_seed else "")
+    wide = f"_margin_{study.margin}" if study.margin else ""
+    return f"data/{study.task}{wide}_{episodes}" + (f"_from_{first_seed}" if first_seed else "")
+
+
+def _margin(study: Study) -> list[str]:
+    return flags({"margin": study.margin}) if study.margin else []
 
 
 def _collect(study: Study, episodes: int, first_seed: int = 0) -> Job:
     folder = data_folder(study, episodes, first_seed)
     command = ["collect_demos.py", "--task", study.task, "--name", Path(folder).name, "--episodes", str(episodes)]
-    command += ["--first_seed", str(first_seed), "--workers", "1"]
+    command += ["--first_seed", str(first_seed), "--workers", "1", *_margin(study)]
     seconds = episodes * study.seconds["demonstration"] + OVERHEAD
     return Job(
         f"collect_{Path(folder).name}", "collect", (tuple(command),), (), f"{folder}/meta/info.json", episodes, seconds
@@ -302,7 +309,7 @@ def _collect(study: Study, episodes: int, first_seed: int = 0) -> Job:
 def _evaluate(study: Study, point: Point, episodes: int, watched: bool) -> Job:
     command = ["eval_simpler.py", "--task", study.task, "--checkpoint", f"{study.root}/{point.policy}"]
     command += ["--name", f"{study.folder}/{point.evaluation}", "--episodes", str(episodes), "--workers", "1"]
-    command += ["--first_seed", str(study.evaluate["first_seed"])]
+    command += ["--first_seed", str(study.evaluate["first_seed"]), *_margin(study)]
     command += flags({"video": watched} | study.evaluate["settings"])
     output = f"{study.root}/{point.evaluation}/results.json"
     seconds = episodes * study.seconds["episode"] + OVERHEAD
