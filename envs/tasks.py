@@ -225,9 +225,10 @@ class Task:
         return {name: drawn[name] for name in self.widened} if margin else {}
 
     def start(self, seed: int, choices: dict) -> dict:
-        """Where everything is when the episode of `seed` with these choices begins: what is drawn but for colours.
-        Episodes that share it repeat each other but for what a policy makes of colours."""
-        return {name: value for name, value in (self.draw(seed) | choices).items() if name != "urdf_version"}
+        """Where everything is when the episode of `seed` with these choices begins, as JSON has it: what is drawn but
+        for colours. Episodes that share it repeat each other but for what a policy makes of colours."""
+        drawn = {name: value for name, value in (self.draw(seed) | choices).items() if name != "urdf_version"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in drawn.items()}
 
     def setup(self, choices: dict, variant: Variant = VISUAL_MATCHING) -> Setup:
         """The scene of these choices (`draw`, changed at will). ValueError naming a choice that does not exist."""

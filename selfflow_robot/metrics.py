@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a success rate (Wilson 1927). Raises ValueError unless 0 <= successes <= trials, trials > 0."""
+def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a success rate (Wilson 1927); fractions are of trials that count less than one, because they
+    repeat each other. Raises ValueError unless 0 <= successes <= trials, trials > 0."""
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"{successes} successes in {trials} trials")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -47,15 +48,25 @@ def paired_comparison(first: Sequence[bool], second: Sequence[bool], confidence:
     trials, discordant = len(a), only_a + only_b
     tail = sum(comb(discordant, k) for k in range(min(only_a, only_b) + 1)) / 2**discordant
 
+    interval = newcombe_interval(both, only_a, only_b, none, confidence)
+    return Paired(trials, only_a, only_b, (only_a - only_b) / trials, interval, min(1.0, 2 * tail))
+
+
+def newcombe_interval(
+    both: float, only_a: float, only_b: float, none: float, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Of the difference of two paired rates, from how often both, one or none succeed (Newcombe 1998, method 10);
+    fractions as in `wilson_interval`."""
+    trials = both + only_a + only_b + none
     p, q = (both + only_a) / trials, (both + only_b) / trials
     (p_low, p_high), (q_low, q_high) = (wilson_interval(k, trials, confidence) for k in (both + only_a, both + only_b))
     phi = _phi(both, only_a, only_b, none)
     below, above = (p - p_low, q_high - q), (p_high - p, q - q_low)
     low, high = (sqrt(max(x * x - 2 * phi * x * y + y * y, 0)) for x, y in (below, above))
-    return Paired(trials, only_a, only_b, p - q, (p - q - low, p - q + high), min(1.0, 2 * tail))
+    return p - q - low, p - q + high
 
 
-def _phi(both: int, only_a: int, only_b: int, none: int) -> float:
+def _phi(both: float, only_a: float, only_b: float, none: float) -> float:
     """Newcombe's continuity-corrected correlation of the pairs; 0 where a margin is empty."""
     margins = (both + only_a) * (only_b + none) * (both + only_b) * (only_a + none)
     if margins == 0:

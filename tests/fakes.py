@@ -35,7 +35,7 @@ class InlineWorkers:
 class LineEnv:
     """Moves by at most 0.1 m per step. Seeds divisible by 7 never succeed (nor do their subgoals)."""
 
-    task, control_freq = SimpleNamespace(robot="line"), 3  # Hz
+    task, control_freq = SimpleNamespace(robot="line", beyond=lambda seed, margin: {}), 3  # Hz
 
     def __init__(self, limit=LIMIT, width=32, height=16):
         self.limit, self.size = limit, (height, width)

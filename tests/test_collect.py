@@ -136,16 +136,16 @@ def test_the_expert_varies_as_told(folder, variation):
     assert first == again != other  # the seed's own
 
 
-def test_a_margin_moves_the_object_where_there_is_one(folder):
+def test_a_margin_moves_the_object_or_without_one_the_robot(folder):
     env = LineEnv(width=32, height=16)
-    for name, there in (("open_and_place", True), ("open_drawer", False)):
+    for name, moved in (("open_and_place", ["object_xy"]), ("open_drawer", ["pose", "robot_xy"]), ("move_near", [])):
         env.task = get_task(name)
         for margin in (0.0, 0.04):
             told = config(margin=margin)
             record(env, lambda env, *_: LineExpert(env), None, told, f"data/{name}_{margin}", False, 1)
-            place = {"object_xy": env.task.draw(1, 0.04)["object_xy"]} if there and margin else {}
-            assert env.options == {"reconfigure": True, **place}
-    for wrong in (config(task="open_drawer", margin=0.04), config(task="open_and_place", margin=-0.04)):
+            drawn = env.task.draw(1, 0.04)
+            assert env.options == {"reconfigure": True} | ({key: drawn[key] for key in moved} if margin else {})
+    for wrong in (config(task="move_near", margin=0.04), config(task="open_and_place", margin=-0.04)):
         with pytest.raises(ValueError, match="margin"):
             collect(wrong, start)
 

@@ -13,10 +13,12 @@ import pytest
 from fakes import LIMIT, InlineWorkers, LineEnv, LineExpert
 
 from envs.rollout import Demonstrator, HoldStill
+from envs.tasks import get_task
 from experiments.eval_simpler import (
     alarm_quality,
     changed_settings,
     checkpoint_policy,
+    count_starts,
     evaluate,
     run_episode,
     start_evaluating,
@@ -183,9 +185,24 @@ def test_videos_show_every_step_and_the_outcome(folder):
     assert np.ptp(grey) < 20
 
 
+def test_episodes_say_where_they_begin(folder, inline, capsys):
+    drawers = evaluate(config(task="open_top_drawer", first_seed=10000, episodes=20), start)
+    assert drawers["episodes"][0]["start"] == {"drawer": "top", "pose": get_task("open_top_drawer").draw(10000)["pose"]}
+    assert len({get_task("open_top_drawer").draw(seed)["pose"] for seed in range(10000, 10020)}) == 7
+    assert drawers["starts"] == 7 and "20 episodes from 7 different starts" in capsys.readouterr().out
+    apples = evaluate(config(name="apples", first_seed=20, episodes=20), start)
+    assert apples["starts"] == 20 and "different starts" not in capsys.readouterr().out
+    wide = evaluate(config(name="wide", task="open_top_drawer", first_seed=10000, episodes=20, margin=0.05), start)
+    assert wide["starts"] == 20 and wide["protocol_hash"] != drawers["protocol_hash"]
+    assert [len(e["start"]["robot_xy"]) for e in wide["episodes"]] == [2] * 20
+    with pytest.raises(ValueError, match="measured another protocol"):
+        evaluate(config(task="open_top_drawer", first_seed=10000, margin=0.05), start)
+    assert count_starts([{"seed": 1}, drawers["episodes"][0]]) is None  # measured before episodes said it
+
+
 @pytest.mark.sim
 def test_one_real_episode(folder):
-    cfg = config(task="open_top_drawer", width=64, height=48, video=True, policy="expert")
+    cfg = config(task="open_top_drawer", width=64, height=48, video=True, policy="expert", margin=0.05)
     record = start_evaluating(cfg, {}, "runs/line")(11)
     assert record["steps"] == 113 and record["success_any"] and set(record["subgoals"]) == {"drawer_opened"}
     results = evaluate(EvalConfig(**{**vars(cfg), "first_seed": 11, "episodes": 1}), start)

@@ -162,6 +162,31 @@ def test_the_random_protocol_is_a_range_of_seeds():
     assert [(e.number, e.seed, e.options) for e in episodes] == [(10, 10, {}), (11, 11, {}), (12, 12, {})]
 
 
+def test_a_margin_makes_another_measurement_of_the_random_protocol():
+    plain, wide = (
+        protocol_episodes("open_drawer", "random", 10, 3),
+        protocol_episodes("open_drawer", "random", 10, 3, 0.05),
+    )
+    assert [(e.number, e.seed) for e in wide] == [(e.number, e.seed) for e in plain]
+    assert [set(e.options) for e in wide] == [{"pose", "robot_xy"}] * 3
+    hashes = [protocol_hash(make_protocol("open_drawer", "random", 10, 3, margin=margin)) for margin in (0, 0.04, 0.05)]
+    assert len(set(hashes)) == 3 and hashes[0] == protocol_hash(make_protocol("open_drawer", "random", 10, 3))
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "margin", "said"),
+    [
+        ("open_drawer", "visual_matching", 0.05, "the episodes of visual_matching are fixed"),
+        ("move_near", "random", 0.05, "margin 0.05 .* tasks that draw a place .*; got move_near"),
+        ("open_drawer", "random", -0.05, "margin -0.05"),
+        ("open_drawer", "random", float("nan"), "margin nan"),
+    ],
+)
+def test_a_margin_where_there_is_none_is_refused(task, protocol, margin, said):
+    with pytest.raises(ValueError, match=said):
+        make_protocol(task, protocol, margin=margin)
+
+
 @pytest.mark.parametrize(
     ("task", "protocol"),
     [*((task, protocol) for task in NOT_PUBLISHED for protocol in ("visual_matching", "variant_aggregation")),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,8 @@ elif script == "eval_simpler":
         good = better or number % 2 == 0
         episodes.append({"seed": int(args["--first_seed"]) + number, "success_final": good, "success_any": good,
                          "subgoals": {"drawer_opened": True, "apple_placed": good}, "steps": 9, "video": None})
+        if Path("poses").exists():
+            episodes[-1]["start"] = {"pose": number % int(Path("poses").read_text())}
     write(f"runs/{args['--name']}/results.json", {"task": args["--task"], "episodes": episodes, "crashed": []})
 elif script == "probe":
     better = 0.1 * ("self_flow" in args["--runs"])
@@ -341,7 +344,7 @@ def test_rates():
 def test_training_seeds_count_as_a_sample():
     """Two trainings, one always right and one never: the error of their mean is sqrt(0.5 / 2) = 0.5, not 0.5 / 20."""
     always_never, never = outcomes("1" * 200, "0" * 200), outcomes("0" * 200, "0" * 200)
-    means = analysis._resampled([always_never, never], 0)
+    means = analysis._resampled([always_never, never], np.eye(200), 0)
     assert (means[0] - means[1]).std() == pytest.approx(0.5, abs=0.01)
     found = analysis.difference(always_never, never)
     assert found.value == 0.5 and (found.low, found.high) == (-1, 1)  # Student's t with one degree of freedom
@@ -374,6 +377,45 @@ def test_intervals_cover_the_truth(monkeypatch, seeds, spread, half):
         found.append(analysis.difference(arm(episode), arm(episode)))
     assert np.mean([one.low <= 0 <= one.high for one in found]) > 0.93
     assert np.mean([one.high - one.low for one in found]) / 2 == pytest.approx(half, abs=0.03)
+
+
+def test_episodes_that_repeat_each_other_count_once():
+    """Every start twice, with the same outcome: nothing is known that the starts alone would not say."""
+    once, other = outcomes("1100110101", "1000110100"), outcomes("0100010101", "1100010000")
+    twice, again = np.repeat(once, 2, 1), np.repeat(other, 2, 1)
+    starts = [f"pose {number}" for number in range(10) for _ in range(2)]
+    assert analysis.difference(twice, again, starts=starts) == pytest.approx(analysis.difference(once, other))
+    assert analysis.rate(twice, starts=starts) == pytest.approx(analysis.rate(once))
+    assert analysis.wilson(twice, starts) == pytest.approx(analysis.wilson(once))
+    assert analysis.mcnemar(twice, again, starts) == analysis.mcnemar(once, other)
+    naive, honest = analysis.difference(twice, again), analysis.difference(twice, again, starts=starts)
+    assert naive.high - naive.low < honest.high - honest.low
+    with pytest.raises(ValueError, match="start of each of 20 episodes, got 10"):
+        analysis.rate(twice, starts=starts[:10])
+
+
+def test_a_start_counts_for_the_checkpoint_that_solves_more_of_its_episodes():
+    first, second, starts = outcomes("1100111001"), outcomes("0001001000"), "aaabbbcccd"
+    (pair,) = analysis.mcnemar(first, second, starts)
+    assert (pair.only_first, pair.only_second, pair.trials, pair.p_value) == (3, 0, 4, 0.25)
+
+
+def test_intervals_over_few_starts_cover_the_truth(monkeypatch):
+    """Forty episodes from nine starts that decide most of an outcome, no true difference: counted as episodes the
+    intervals miss far too often, counted as starts they hold. The starts are drawn anew for every study."""
+    monkeypatch.setattr(analysis, "RESAMPLES", 400)
+    rng, by_episode, by_start = np.random.default_rng(0), [], []
+
+    def arm(start):  # 9 of 10 outcomes are those of their start, the arm's own
+        return ((rng.random(9) < 0.5)[start] ^ (rng.random(40) < 0.1))[None]
+
+    for _ in range(150):
+        start = rng.integers(9, size=40)
+        first, second = arm(start), arm(start)
+        by_episode.append(analysis.difference(first, second))
+        by_start.append(analysis.difference(first, second, starts=start.tolist()))
+    held = [np.mean([one.low <= 0 <= one.high for one in found]) for found in (by_episode, by_start)]
+    assert held[0] < 0.8 and held[1] > 0.93
 
 
 def test_a_large_difference_is_found():
@@ -502,6 +544,17 @@ def test_everything_is_done_once_and_then_nothing(tiny):
     assert not list(Path("runs/small/jobs").glob("*.claim.*"))
     record = json.loads(Path("runs/small/jobs/collect_open_and_place_8.json").read_text())
     assert record["state"] == "done" and record["plan"] == "x"
+
+
+def test_a_margin_is_of_demonstrations_and_evaluation(tiny):
+    """Each in a data set of its own, and nothing else of the study knows it."""
+    Path("wide.yaml").write_text(TEXT + "margin: 0.05\n")
+    wide, plain = expand(plan.load("wide.yaml")), expand(tiny)
+    names = [job.name for job in wide if job.kind == "collect"]
+    assert names == ["collect_open_and_place_margin_0.05_8", "collect_open_and_place_margin_0.05_4_from_5000"]
+    for job, other in zip(wide, plain, strict=True):
+        assert ("--margin 0.05" in " ".join(job.commands[0])) == (job.kind in ("collect", "evaluate"))
+        assert "--margin" not in str(other.commands)
 
 
 def test_what_lies_there_from_elsewhere_is_not_made_again(tiny):
@@ -727,6 +780,21 @@ def test_report_says_what_the_numbers_say(tiny):
     text = text_of(study.report(tiny, 1))  # the next look, of which nothing more was run
     assert "Not decided yet: 2 of 4 trainings" in text
     assert "The look before said: Self-Flow helps: 100% with Self-Flow, 50% with plain" in text
+
+
+def test_episodes_that_begin_alike_count_once_on_the_page(tiny):
+    """Twenty episodes from four poses: said where they are counted, and the interval is that of four."""
+    said = {}
+    for poses in ("20", "4"):
+        shutil.rmtree("runs", ignore_errors=True)
+        Path("poses").write_text(poses)
+        assert runner().run(few(tiny))
+        said[poses] = text_of(study.report(short(tiny), 0))
+    end = r"points (\[.*?\]),.* 20 episodes each( from 4 starts)?\."
+    (many, unsaid), (few_starts, told) = (re.search(end, text).groups() for text in said.values())
+    assert unsaid is None and told and many != few_starts
+    assert re.search(r"50% 10/20 \[30%, 70%\], 1 ", said["20"])  # Wilson of 10 in 20
+    assert re.search(r"50% 10/20 \[15%, 85%\], 1, 4 starts", said["4"])  # and of 2 in 4
 
 
 def test_differences_of_several_studies(tiny, capsys):

@@ -15,6 +15,7 @@ from envs.tasks import (
     DISTRACTORS,
     PICK_XY,
     PLACE_XY,
+    POSES,
     TASKS,
     Variant,
     get_task,
@@ -199,6 +200,33 @@ def test_a_margin_widens_the_draw_of_places_and_nothing_else(name):
     shares = (a - low) / np.subtract(high, low)  # of the area, the same in the wider one
     np.testing.assert_allclose(b, np.subtract(low, margin) + shares * (np.subtract(high, low) + 2 * margin), atol=1e-12)
     assert ((b < low) | (b > high)).any(1).mean() > 0.3
+
+
+@pytest.mark.parametrize("name", ["open_drawer", "close_top_drawer"])
+def test_a_margin_stands_the_robot_beside_its_places(name):
+    """Drawer tasks draw nothing but numbers: with a margin no two episodes begin alike, all else as before."""
+    task, margin = get_task(name), 0.05
+    plain, wide = ([task.draw(seed, m) for seed in range(200)] for m in (0.0, margin))
+    places = [drawn.pop("robot_xy") for drawn in wide]
+    assert plain == wide and len(set(places)) == 200
+    beside = np.subtract(places, [POSES[drawn["pose"]][:2] for drawn in wide]) / margin
+    assert np.abs(beside).max() <= 1 and np.abs(beside.mean(0)).max() < 0.12  # evenly, to both sides
+    np.testing.assert_allclose(beside.std(0), 3**-0.5, atol=0.06)
+    options = task.beyond(7, margin)
+    assert task.setup(task.draw(7) | options).robot_xy == places[7] and task.beyond(7, 0.0) == {}
+    assert task.setup(task.draw(7) | options).overlay == task.setup(task.draw(7)).overlay
+
+
+def test_starts_that_differ_in_colours_alone_are_the_same():
+    """Forty seeds of opening the top drawer: nine poses of the robot. Those of the apple differ in every episode."""
+    drawer, apple, near = map(get_task, ("open_top_drawer", "open_and_place", "move_near"))
+    starts = {name: [task.start(seed, {}) for seed in range(10000, 10040)]
+              for name, task in (("drawer", drawer), ("apple", apple), ("near", near))}  # fmt: skip
+    starts["wide"] = [drawer.start(seed, drawer.beyond(seed, 0.05)) for seed in range(10000, 10040)]
+    counts = {name: len(set(map(json.dumps, found))) for name, found in starts.items()}
+    assert counts == {"drawer": 9, "apple": 40, "near": 31, "wide": 40}
+    assert len({near.draw(seed)["episode_id"] for seed in range(10000, 10040)}) == 31
+    assert starts["drawer"][0] == {"drawer": "top", "pose": drawer.draw(10000)["pose"]}
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -88,16 +88,18 @@ def sentence(study: Study, points: list[Point], outcomes: Outcomes, look: int) -
             text += f" The look before said: {before}"
         return text
     rates, gap = found
-    seeds, point = len(arms[0]), arms[0][0]
+    seeds, point, count = len(arms[0]), arms[0][0], len(set(outcomes.starts(*arms)))
+    episodes = len(results.wanted(study, point))
+    few = f" from {count} starts" if count < episodes else ""
     about = (
         f"{study.task.replace('_', ' ')}, {point.setting.data} demonstrations{with_actions(point.setting)}, "
         f"equal {point.setting.budget}, "
-        f"{seeds} training seed{'s' if seeds > 1 else ''} per arm, {len(results.wanted(study, point))} episodes each"
+        f"{seeds} training seed{'s' if seeds > 1 else ''} per arm, {episodes} episodes each{few}"
     )
     text = analysis.conclusion((first, second), rates, gap, study.primary["margin"], about)
     if seeds == 1:
         text += (
-            " With one training seed the interval is over episodes alone: it speaks of two checkpoints, not of methods."
+            " With one training seed the interval is over starts alone: it speaks of two checkpoints, not of methods."
         )
     return text
 
@@ -167,14 +169,15 @@ def success_section(study: Study, points: list[Point], outcomes: Outcomes) -> st
             for length in lengths:
                 seeds = ours.get(Cell(where, arm, length), [])
                 (table,) = outcomes.table(seeds) if seeds else [None]
-                row.append(rate_cell(table) if table is not None and table.size else "")
+                row.append(rate_cell(table, outcomes.starts(seeds)) if table is not None and table.size else "")
             rows.append(row)
         html.append(parts.table(["arm", *(f"{length} steps" for length in lengths)], rows))
     if not html:
         return parts.note("No evaluation is finished yet.")
     note = (
         "Success at the last step of an episode. Table: successes / episodes of all training seeds, 95% Wilson "
-        "interval, number of seeds. Curves: 95% intervals over training seeds and episodes together; the points of a "
+        "interval of as many trials as seeds times starts, number of seeds, and of starts where several episodes share "
+        "one. Curves: 95% intervals over training seeds and starts together; the points of a "
         "curve are the same trainings at several lengths, so they are not independent of each other. At equal compute "
         "the axis is the fine-tuning steps of a plain arm that cost as much."
     )
@@ -186,7 +189,10 @@ def curve_chart(study: Study, cells: dict, arms: list[str], outcomes: Outcomes) 
     figure, axis = pyplot.subplots(figsize=(7, 3))
     for place, arm in enumerate(arms):
         ours = {c.length: seeds for c, seeds in cells.items() if c.arm == arm}
-        shown = sorted((length, analysis.rate(outcomes.table(seeds)[0])) for length, seeds in ours.items())
+        shown = sorted(
+            (length, analysis.rate(outcomes.table(seeds)[0], starts=outcomes.starts(seeds)))
+            for length, seeds in ours.items()
+        )
         # Moved sideways a little, or the intervals of arms hide each other.
         x = [length * (1 + 0.01 * (place - (len(arms) - 1) / 2)) for length, _ in shown]
         y = [100 * estimate.value for _, estimate in shown]
@@ -225,7 +231,7 @@ def difference_groups(study: Study, points: list[Point], outcomes: Outcomes) -> 
         if not all(table.size for table in tables):
             continue
         decides = is_primary(study, where, arm, other)
-        success = analysis.difference(*tables, level(study, decides))
+        success = analysis.difference(*tables, level(study, decides), starts=outcomes.starts(*sides))
         label = f"{study.arms[arm]['label']} − {study.arms[other]['label']}"
         video = measured_difference(modes, where, arm, other, "world_model_psnr_moving")
         row = forest.Row(label, compared(study, sides), success, video, decides)
@@ -269,15 +275,16 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
     for where, arm, other in comparisons(study, points):
         for length in study.finetune["lengths"]:
             sides = [cells[Cell(where, name, length)] for name in (arm, other)]
-            first, second = outcomes.table(*sides)
+            (first, second), starts = outcomes.table(*sides), outcomes.starts(*sides)
             if not first.size or not second.size:
                 continue
             row = [*setting_cells(where), less(study, arm, other)]
             seeds = f"{len(first)}, {len(second)}"
             if length != last:
-                early.append([*row, str(length), seeds, difference_text(analysis.difference(first, second))])
+                gap = analysis.difference(first, second, starts=starts)
+                early.append([*row, str(length), seeds, difference_text(gap)])
                 continue
-            pairs = analysis.mcnemar(first, second)
+            pairs = analysis.mcnemar(first, second, starts)
             values = ", ".join(f"{pair.p_value:.2g}&nbsp;({pair.only_first}:{pair.only_second})" for pair in pairs)
             estimate = difference_text(found[heading(where), compared(study, sides)])
             rows.append([*row, "success", seeds, estimate, f"<span class='wrap'>{values}</span>"])
@@ -286,15 +293,16 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
                 alone = not (np.array_equal(one, first) and np.array_equal(two, second))  # else it is the success
                 if one.size and two.size and alone:
                     at = level(study, is_primary(study, where, arm, other))
-                    text = difference_text(analysis.difference(one, two, at))
+                    gap = analysis.difference(one, two, at, starts=outcomes.starts(*sides, key=subgoal))
+                    text = difference_text(gap)
                     rows.append([*[""] * 4, escape(parts.label(subgoal)), "", text, ""])
     if not rows and not early:
         return parts.note("No two arms of a comparison are evaluated at the same length yet.")
     head = ["model", "demonstrations", "equal", "difference"]
     note = (
-        "Percentage points; 95% intervals from a bootstrap over training seeds and episodes together (Student's t, "
-        "never narrower than Newcombe's paired interval). McNemar's exact p per training seed, with the episodes that "
-        "only one of the two checkpoints solved: it compares those checkpoints, not the methods. All but the primary "
+        "Percentage points; 95% intervals from a bootstrap over training seeds and starts together (Student's t, "
+        "never narrower than Newcombe's paired interval). McNemar's exact p per training seed, with the starts of "
+        "which one of the two checkpoints solved more: it compares those, not the methods. All but the primary "
         "comparison is exploration: of twenty such intervals one misses zero by chance. In the picture it is filled; "
         "its interval at the last length is that of the looks."
     )
@@ -525,11 +533,12 @@ def subgoals(outcomes: Outcomes, points: list[Point]) -> list[str]:
     return list(dict.fromkeys(name for episode in arm.episodes.values() for name in episode["subgoals"])) if arm else []
 
 
-def rate_cell(table) -> str:
-    found = analysis.wilson(table)
+def rate_cell(table: np.ndarray, starts: list[str]) -> str:
+    found, count = analysis.wilson(table, starts), len(set(starts))
+    few = f", {count} starts" if count < len(starts) else ""
     return (
         f"<b>{found.value:.0%}</b> {int(table.sum())}/{table.size} "
-        f"<span class='small'>[{found.low:.0%}, {found.high:.0%}], {len(table)}</span>"
+        f"<span class='small'>[{found.low:.0%}, {found.high:.0%}], {len(table)}{few}</span>"
     )
 
 

@@ -67,15 +67,25 @@ class Outcomes:
     def table(self, *arms: list[Point], key: str = KEY) -> list[np.ndarray]:
         """bool (S, E) of each of `arms`, lists of the trainings of one cell, on the episodes that all have; complete
         evaluations only, an arm without one is (0, 0)."""
-        finished = [self.complete(points, key) for points in arms]
-        each = [self.of(point, key) for points in finished for point in points]
-        common = sorted(set.intersection(*(set(outcomes) for outcomes in each))) if each else []
+        finished, common = self._common(arms, key)
         return [
             np.array([[self.of(point, key)[seed] for seed in common] for point in points], bool).reshape(
                 len(points), len(common) if points else 0
             )
             for points in finished
         ]
+
+    def starts(self, *arms: list[Point], key: str = KEY) -> list[str]:
+        """(E,) where the episodes of `table` begin; of an old record, which does not say, each elsewhere."""
+        finished, common = self._common(arms, key)
+        episodes = next((self.read[points[0].evaluation].episodes for points in finished if points), {})
+        return [json.dumps(episodes[seed].get("start", f"seed {seed}"), sort_keys=True) for seed in common]
+
+    def _common(self, arms: tuple[list[Point], ...], key: str) -> tuple[list[list[Point]], list[int]]:
+        """The trainings of each arm whose evaluation is complete, and the episodes that all of them have."""
+        finished = [self.complete(points, key) for points in arms]
+        each = [self.of(point, key) for points in finished for point in points]
+        return finished, sorted(set.intersection(*(set(outcomes) for outcomes in each))) if each else []
 
 
 # --------------------------------------------------------------------------------------------------------- the decision
@@ -97,9 +107,9 @@ def primary_difference(study: Study, points: list[Point], outcomes: Outcomes, bu
     if not all(arms) or any(len(outcomes.complete(one)) < len(one) for one in arms):
         return None
     level = analysis.level_of(len(study.looks))
-    first, second = outcomes.table(*arms)
-    rates = analysis.rate(first, level), analysis.rate(second, level)
-    return rates, analysis.difference(first, second, level)
+    (first, second), starts = outcomes.table(*arms), outcomes.starts(*arms)
+    rates = analysis.rate(first, level, starts=starts), analysis.rate(second, level, starts=starts)
+    return rates, analysis.difference(first, second, level, starts=starts)
 
 
 def current_look(study: Study) -> int:
