@@ -137,7 +137,7 @@ def success_section(arms: list[Arm]) -> str:
             f'<span class="key" style="background:{colour(i)}"></span>{escape(arm.name)}',
             escape(str(arm.results.get("checkpoint") or arm.results.get("policy", "?"))),
             escape(str(arm.results.get("success_rule", "?"))),
-            f"{len(arm.episodes)} ({min(arm.episodes)} to {max(arm.episodes)})",
+            f"{len(arm.episodes)} ({min(arm.episodes)} to {max(arm.episodes)}){few_starts(arm)}",
             f"<code>{escape(str(arm.results.get('protocol_hash', '?'))[:12])}</code>",
         ]
         for i, arm in enumerate(arms)
@@ -151,11 +151,18 @@ def success_section(arms: list[Arm]) -> str:
         + table(head, rows)
         + "<p class='small'>Rates: successes / episodes, 95% Wilson interval. Differences, first arm minus other, in "
         "percentage points on the seeds of both: 95% interval by Newcombe's method 10, p-value of the exact two-sided "
-        "McNemar test.</p>"
+        "McNemar test. All count episodes; where several begin alike, colours aside, a policy mostly repeats what it "
+        "does, and as a sample of starts they are too narrow: see the number of different starts below.</p>"
         + bars(arms, keys)
         + table(["arm", "checkpoint", "success rule", "episodes (seeds)", "protocol"], facts)
         + f"<details><summary>protocol of {escape(arms[0].name)}</summary><pre>{escape(protocol)}</pre></details>"
     )
+
+
+def few_starts(arm: Arm) -> str:
+    """How many of its episodes begin differently, where some repeat each other but for colours."""
+    starts = arm.results.get("starts")
+    return f", from {starts} different starts" if starts and starts < len(arm.episodes) else ""
 
 
 def training_section(runs: dict[str, dict[str, dict[int, float]]]) -> str:

@@ -50,6 +50,14 @@ def full(tmp_path) -> str:
     return make(tmp_path, arms=[first, second], training=[run], imagined=[tmp_path / "imagined.mp4"])
 
 
+def test_episodes_that_begin_alike_are_counted(tmp_path):
+    arm = write_arm(tmp_path / "eval", [True, False, True])
+    for starts, said in ((2, "3 (100 to 102), from 2 different starts<"), (3, "3 (100 to 102)<"), (None, "102)<")):
+        results = json.loads((arm / "results.json").read_text())
+        (arm / "results.json").write_text(json.dumps(results | {"starts": starts}))
+        assert said in make(tmp_path, arms=[arm])
+
+
 def test_numbers(full):
     text = re.sub(r"<[^>]*>", "", full)
     assert "10% 2/21 [3%, 29%]" in text and "38% 8/21 [21%, 59%]" in text
