@@ -4,6 +4,7 @@
     python experiments/finetune.py --method flow_matching     from the newest baseline
     python experiments/finetune.py --pretrained none          from scratch
     python experiments/finetune.py --pretrained runs/first --data data/more --name second    a policy, on other data
+    python experiments/finetune.py --pretrained runs/first --model small --grow true --name third    made larger
 
 Adds proprioception, text and actions; every batch draws one of the role assignments (`modes`), the corners that the
 checkpoint will be asked for. `--corners false` is the paper's recipe instead: frames and actions generated together,
@@ -23,6 +24,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
 
     from selfflow_robot import data, latents, plan, train
     from selfflow_robot.flow import TimestepDistribution
+    from selfflow_robot.grow import grow
     from selfflow_robot.model import Model, preset
     from selfflow_robot.processes import part_loss
     from selfflow_robot.tokens import MODES, VIDEO_ONLY, Layout, Packer
@@ -45,8 +47,11 @@ def finetune(cfg: FinetuneConfig) -> Path:
         model = Model(preset(cfg.model), packer.channels, packer.codec.config.patch)
     else:
         model, pretrained, manifest = backbone
+        if cfg.grow:
+            model = grow(model, preset(cfg.model), cfg.seed)
         if replace(model.config, feature_width=0) != preset(cfg.model):
-            raise ValueError(f"{cfg.pretrained or 'the newest pretraining'} is not of preset {cfg.model}: give --model")
+            which = cfg.pretrained or "the newest pretraining"
+            raise ValueError(f"{which} is not of preset {cfg.model}: give --model, or --grow true")
         model.train().requires_grad_(True)
         packer = Packer(layout, pretrained.codec)
     if manifest.get("kind") == "finetune":

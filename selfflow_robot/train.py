@@ -110,6 +110,7 @@ def identity(cfg: TrainingConfig, dataset: Dataset) -> dict:
     free = {"name", "data", "steps", "save_every", "validate_every", "sample_every", "threads", "device", "wandb"}
     free |= {"plan", "gpu_hour_price", "activation_checkpointing", "compile"}
     free |= {"micro_batch", "sharding", "nonfinite"}  # how the same steps are computed
+    free |= {"grow"}  # what `pretrained` and `model` say already
     return {k: v for k, v in asdict(cfg).items() if k not in free} | {"data_hash": dataset.hash}
 
 

@@ -370,6 +370,23 @@ def test_a_policy_goes_on_with_other_data(workplace):
         finetune(FinetuneConfig(name="h", pretrained="f", **other | {"horizon": 2}, **COMMON))
 
 
+def test_a_policy_goes_on_as_a_larger_network(workplace, monkeypatch):
+    larger = replace(SMALL, depth=5, width=64, heads=4)
+    monkeypatch.setitem(model.PRESETS, "small", larger)
+    first = finetune(FinetuneConfig(name="f", pretrained="none", **FINETUNE, **COMMON))
+    how = dict(name="g", pretrained="f", model="small", lr=0.0, **FINETUNE)
+    with pytest.raises(ValueError, match="f is not of preset small: give --model, or --grow true"):
+        finetune(FinetuneConfig(**how, **COMMON))
+    second = finetune(FinetuneConfig(**how, grow=True, **COMMON))
+    assert checkpoint.load_model(second)[0].config == larger
+    lines = [(run / "metrics.jsonl").read_text().splitlines()[-1] for run in (first, second)]
+    acting, larger_acting = (json.loads(line)["validation/action_mm"] for line in lines)
+    assert larger_acting == pytest.approx(acting, rel=1e-3)  # at a learning rate of 0 it acts as before
+    finetune(FinetuneConfig(**how, grow=True, **COMMON | {"steps": 5}))
+    finetune(FinetuneConfig(**how | {"pretrained": None}, **COMMON | {"steps": 6}))  # what it began as is known
+    assert checkpoint.load(second / "checkpoint")[1]["step"] == 6
+
+
 def test_scripts_resume_to_the_bit(workplace):
     whole, part = (pretrain(PretrainConfig(name=name, **PRETRAIN, **COMMON)) for name in ("whole", "part"))
     for path in (part / "checkpoint").glob("step_00000004*"):
