@@ -5,6 +5,8 @@
     python experiments/study.py --study selfflow_vs_flow_matching        run it, or go on with it
     python experiments/study.py --study selfflow_vs_flow_matching --only seed0 --jobs 2
     python experiments/study.py --study selfflow_vs_flow_matching --report
+    python experiments/study.py --study few_labels --keep few_labels.zip     what it measured, in one small file
+    python experiments/study.py --study few_labels --take few_labels.zip     and back, on another machine; then as above
     python experiments/study.py --compare first_look longer_look few_labels    differences found so far, side by side
 
 Stop it at any time: the same command goes on. Start it on as many machines as share the folder: each job is claimed by
@@ -34,9 +36,9 @@ from statistics import median
 from envs.workers import write_json, write_text
 
 if __package__:  # imported, by a test; as a script it finds its neighbours beside it
-    from experiments.studies import forest, page, plan, results
+    from experiments.studies import archive, forest, page, plan, results
 else:
-    from studies import forest, page, plan, results
+    from studies import archive, forest, page, plan, results
 
 HERE = Path(__file__).resolve().parent
 STALE = 900.0  # seconds without a sign of life after which a claim counts for nothing
@@ -416,9 +418,9 @@ def note_plan(study: plan.Study) -> None:
 
 def selected(study: plan.Study, look: int, patterns: Sequence[str] = ()) -> tuple[list[plan.Point], list[plan.Job]]:
     """Points and jobs of a look of the stopping rule, counted from 0; of the jobs those that a pattern names, if any is
-    given, and what they need."""
+    given, and what they need. What is not done and nothing needs any more, for it was measured elsewhere, is no job."""
     points = plan.points(study, study.looks[look])
-    jobs, wanted = plan.jobs(study, points), []
+    jobs, wanted = plan.needed(plan.jobs(study, points)), []
     for pattern in patterns:
         matches = [job.name for job in jobs if fnmatch(job.name, f"*{pattern}*")]
         if not matches:
@@ -484,6 +486,8 @@ def main() -> int:
         "--only", nargs="+", default=(), metavar="PATTERN",
         help="jobs with one of these in their name (* matches anything), and their needs",
     )  # fmt: skip
+    parser.add_argument("--keep", metavar="FILE", help="write what was measured, without weights and videos, as a zip")
+    parser.add_argument("--take", metavar="FILE", help="put what such a file holds where this study looks for it")
     parser.add_argument("--list", action="store_true", help="show the jobs, their state and time, and run nothing")
     parser.add_argument("--report", action="store_true", help="write the page from what is there, and run nothing")
     arguments = parser.parse_args()
@@ -493,6 +497,12 @@ def main() -> int:
             print(compare(arguments.compare))
             return 0
         study = plan.load(arguments.study)
+        if arguments.take:
+            print(f"{archive.take(study, arguments.take)} measurements taken from {arguments.take}")
+        if arguments.keep:
+            print(f"{archive.keep(study, arguments.keep)} measurements kept in {arguments.keep}")
+        if arguments.keep or (arguments.take and not (arguments.list or arguments.report)):
+            return 0
         look = results.current_look(study)
         if arguments.list:
             print_list(selected(study, look, arguments.only)[1], Path(study.root) / "jobs")

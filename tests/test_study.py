@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -19,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from experiments import study
 from experiments.report import ReportError
-from experiments.studies import analysis, page, plan, results
+from experiments.studies import analysis, archive, page, plan, results
 from selfflow_robot import config
 from selfflow_robot.data import encode_video
 from selfflow_robot.metrics import Estimate
@@ -795,6 +797,58 @@ def test_episodes_that_begin_alike_count_once_on_the_page(tiny):
     assert unsaid is None and told and many != few_starts
     assert re.search(r"50% 10/20 \[30%, 70%\], 1 ", said["20"])  # Wilson of 10 in 20
     assert re.search(r"50% 10/20 \[15%, 85%\], 1, 4 starts", said["4"])  # and of 2 in 4
+
+
+def test_what_was_measured_goes_along_without_weights(tiny, capsys):
+    """One file has all that the page says of it, and where it is unpacked nothing is trained that nobody needs."""
+    assert runner().run(few(tiny))
+    numbers = r"\S+ (?:\d+/\d+ )?\[[-+\d., %]+\]"
+    before = re.findall(numbers, text_of(study.report(tiny, 0)))
+    Path("elsewhere").mkdir()
+    kept = [archive.keep(tiny, name) for name in ("small.zip", "again.zip")]
+    assert kept == [6, 6]  # evaluation, probe and modes of both arms
+    assert Path("small.zip").read_bytes() == Path("again.zip").read_bytes()
+    with zipfile.ZipFile("small.zip") as file:
+        assert {Path(name).name for name in file.namelist() if "/jobs/" not in name} == {"results.json", "modes.json"}
+        assert socket.gethostname() not in str([file.read(name) for name in file.namelist()])
+    made = len(calls())
+    Path("runs").rename("elsewhere/runs")
+    assert archive.take(tiny, "small.zip") == 6 and archive.take(tiny, "small.zip") == 0
+    assert re.findall(numbers, text_of(study.report(tiny, 0))) == before and len(before) > 8
+    _, jobs = study.selected(short(tiny), 0)
+    study.require_same_commands(jobs, Path("runs/small/jobs"))
+    assert {job.kind for job in jobs} == {"collect", *plan.MEASURED}
+    assert runner().run(jobs) and len(calls()) == made
+    _, jobs = study.selected(short(tiny), 1, ["evaluate"])  # two training seeds: the second is made, the first is there
+    assert runner().run(jobs)
+    assert [line for line in calls()[made:] if "seed0" in line] == [] and any(
+        "seed1" in line for line in calls()[made:]
+    )
+
+
+def test_an_archive_that_does_not_fit_changes_nothing(tiny):
+    with pytest.raises(ValueError, match="nothing was measured yet"):
+        archive.keep(tiny, "small.zip")
+    assert runner().run(few(tiny)) and archive.keep(tiny, "small.zip")
+    whole = Path("small.zip").read_bytes()
+    results_of_one = next(Path("runs/small").glob("evaluate_*/results.json"))
+    results_of_one.write_text(results_of_one.read_text().replace('"steps": 9', '"steps": 8'))
+    with pytest.raises(ValueError, match=rf"{results_of_one} was measured here too"):
+        archive.take(tiny, "small.zip")
+    shutil.rmtree("runs")
+    Path("cut.zip").write_bytes(whole[: len(whole) // 2])
+    for name, content in (("foreign", "{}"), ("../outside.json", "{}"), ("runs/small/jobs/../../../x.json", "{}")):
+        shutil.copy("small.zip", "more.zip")
+        with zipfile.ZipFile("more.zip", "a") as more:
+            more.writestr(name, content)
+        with pytest.raises(ValueError, match="which is no measurement of the study small"):
+            archive.take(tiny, "more.zip")
+    with zipfile.ZipFile("broken.zip", "w") as broken:
+        broken.writestr(str(results_of_one), "{")
+    for name in ("cut.zip", "broken.zip", "absent.zip"):
+        with pytest.raises(ValueError, match=f"{name} is missing or damaged"):
+            archive.take(tiny, name)
+    assert not Path("runs").exists() and not Path("../outside.json").exists()
 
 
 def test_differences_of_several_studies(tiny, capsys):

@@ -16,6 +16,7 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parent
 BUDGETS = ("steps", "compute")
+MEASURED = ("evaluate", "probe", "modes")  # kinds of jobs whose output is numbers
 OVERHEAD = 20.0  # seconds a script takes to start
 
 
@@ -359,6 +360,13 @@ def done(job: Job) -> bool:
                 return bool(content)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def needed(all_jobs: list[Job]) -> list[Job]:
+    """Without trainings that are not there and that no measurement needs any more, nor pictures of them."""
+    keep = {job.name for job in closure(all_jobs, [job.name for job in all_jobs if job.kind in MEASURED])}
+    keep |= {job.name for job in all_jobs if done(job)}
+    return [job for job in all_jobs if job.name in keep or (job.kind == "imagine" and keep >= set(job.needs))]
 
 
 def closure(all_jobs: list[Job], wanted: Iterable[str]) -> list[Job]:
