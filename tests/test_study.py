@@ -878,7 +878,7 @@ def test_differences_of_nothing(tiny):
 def test_report_of_nothing(tiny):
     text = text_of(study.report(tiny, 0))
     assert "Not decided yet: 0 of 2 trainings" in text and "No evaluation is finished yet" in text
-    assert "not started: the time given to the study ended before" in text
+    assert "not here: the time given to the study ended before" in text
 
 
 def test_report_names_what_failed(tiny):

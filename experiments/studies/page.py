@@ -481,7 +481,7 @@ def reason(job: Job, by_name: dict[str, Job], states: dict[str, str]) -> str:
             above = reason(by_name[need], by_name, states)
             if above.startswith("failed"):
                 return f"failed: {need}" if states[need] == "failed" else above
-    return "not started: the time given to the study ended before"
+    return "not here: the time given to the study ended before, or it was made elsewhere"
 
 
 def why_kind(text: str) -> str:
