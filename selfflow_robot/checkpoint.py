@@ -331,6 +331,7 @@ def _measured(result: dict, folder: Path) -> dict:
     """What a card says of an evaluation; its command is of the exported folder, whose weights were measured."""
     names = ("task", "success_rule", "protocol_hash")
     protocol = {name: result["protocol"][name] for name in ("protocol", "seeds", "success")}
+    protocol["reset"] = result["protocol"].get("reset", "")
     evaluate = re.sub(r" (--)?checkpoint[= ]\S+", "", result["command"])
     command = {"command": f"{evaluate} --checkpoint {shlex.quote(str(folder))}"}
     acting = {"policy_settings": result.get("policy_settings", {})}
@@ -390,7 +391,8 @@ def _results_table(results: list[dict]) -> str:
     for result in results:
         for name, row in result["summary"].items():
             protocol = result["protocol"].replace("_", " ")
-            seeds = f"random, {result['seeds']['first']} and on" if protocol == "random" else protocol
+            beyond = result.get("reset", "").partition(",")[1:]  # a margin, which makes the episodes others
+            seeds = f"random, {result['seeds']['first']} and on{''.join(beyond)}" if protocol == "random" else protocol
             rate = f"{row['k']}/{row['n']} = {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
             rows.append(
                 f"| {result['task']} | {name.replace('_', ' ')} | {rate} | {seeds} | {result['protocol_hash']} |"

@@ -215,6 +215,10 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     assert card.count("| abc123 |") == 2 and card.count("| def456 |") == 1
     checkpoint.export(folder, folder, results=[noisy])
     assert (folder / "README.md").read_text() == card
+    reset = "upstream's random draws from the seed, robot_xy up to 0.05 m beyond"  # as envs.protocol has it
+    wide = {"protocol": result["protocol"] | {"reset": reset}, "protocol_hash": "b"}
+    checkpoint.export(folder, folder, results=[result | wide])
+    assert "| random, 10000 and on, robot_xy up to 0.05 m beyond | b |" in (folder / "README.md").read_text()
     with pytest.raises(CheckpointError, match="open_and_place are those of another checkpoint"):
         checkpoint.export(tmp_path / "run", tmp_path / "x", results=[result | {"checkpoint_hash": "f00"}])
 
