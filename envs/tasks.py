@@ -221,8 +221,10 @@ class Task:
 
     def beyond(self, seed: int, margin: float) -> dict:
         """Reset options that widen the draw of `seed`; none without a margin."""
+        if not margin:
+            return {}
         drawn = self.draw(seed, margin)
-        return {name: drawn[name] for name in self.widened} if margin else {}
+        return {name: drawn[name] for name in self.widened}
 
     def start(self, seed: int, choices: dict) -> dict:
         """Where everything is when the episode of `seed` with these choices begins, as JSON has it: what is drawn but

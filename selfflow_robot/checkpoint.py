@@ -391,8 +391,8 @@ def _results_table(results: list[dict]) -> str:
     for result in results:
         for name, row in result["summary"].items():
             protocol = result["protocol"].replace("_", " ")
-            beyond = result.get("reset", "").partition(",")[1:]  # a margin, which makes the episodes others
-            seeds = f"random, {result['seeds']['first']} and on{''.join(beyond)}" if protocol == "random" else protocol
+            _, comma, margin = result.get("reset", "").partition(",")  # with a margin the episodes are others
+            seeds = f"random, {result['seeds']['first']} and on{comma}{margin}" if protocol == "random" else protocol
             rate = f"{row['k']}/{row['n']} = {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
             rows.append(
                 f"| {result['task']} | {name.replace('_', ' ')} | {rate} | {seeds} | {result['protocol_hash']} |"
