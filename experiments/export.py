@@ -6,7 +6,8 @@
 
 `checkpoint.load_model`, `policies.load_policy` and --checkpoint of every script take such a folder like a run. It has
 the averaged weights (or --weights model: the ones in training) and no optimiser, so training cannot continue from it;
-fine-tuning can start from it (--pretrained exported/backbone). Evaluations given as --results are in its card, beside
+fine-tuning can start from it (--pretrained exported/backbone). With --dtype bfloat16 it has half the size, and where
+the processor computes in bf16 the same outputs to the bit; elsewhere the matrices are rounded to 8 bits. Evaluations given as --results are in its card, beside
 those that the checkpoint has already where it is an export itself.
 """
 
@@ -22,7 +23,7 @@ def export(cfg: ExportConfig) -> Path:
 
     source = checkpoint.chosen(cfg.checkpoint)
     results = [json.loads((Path(run) / "results.json").read_text()) for run in cfg.results]
-    folder = checkpoint.export(source, cfg.out or Path("exported") / Path(source).name, cfg.weights, results)
+    folder = checkpoint.export(source, cfg.out or Path("exported") / Path(source).name, cfg.weights, results, cfg.dtype)
     size = (folder / checkpoint.EXPORTED).stat().st_size / 1e6
     print(f"{folder}: {cfg.weights} weights of {source}, {size:.0f} MB")
     return folder

@@ -33,6 +33,7 @@ from selfflow_robot.tokens import ACTION_CONTRACT, Layout, Packer
 FORMAT = 1
 KEEP = 2
 EXPORTED = "model.safetensors"
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}  # of an export's matrices
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "google_robot"  # in a checkout, ready to act
 
 
@@ -296,13 +297,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise _refused(path, error) from error
 
 
-def export(path: str | Path, folder: str | Path, weights: str = "ema", results: Sequence[dict] = ()) -> Path:
+def export(
+    path: str | Path, folder: str | Path, weights: str = "ema", results: Sequence[dict] = (), dtype: str | None = None
+) -> Path:
     """A run (name or folder) as a folder in Hugging Face's layout, with the evaluation weights or, "model", the ones in
     training; without the optimiser. `load_model` and `policies.load_policy` take it like a run. results: contents of
     `results.json` of evaluations, of the run or of its export, for the card, beside those that an export has already.
+    dtype: of the network's matrices, "float32", "bfloat16" or None, as they are; vectors and the packer stay float32.
+    What computes under `precision` in bf16 casts matrices to it anyway, so there bfloat16 changes no output.
 
     Raises CheckpointError when the run cannot be read or the folder not written, or results are another checkpoint's.
     """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r}: choose float32 or bfloat16")
     folder, found = Path(folder), find(path)
     tensors, manifest = load(found)
     weights = manifest.get("weights", weights)
@@ -312,6 +319,8 @@ def export(path: str | Path, folder: str | Path, weights: str = "ema", results: 
     }
     if not kept:
         raise CheckpointError(f"{found} has no weights {weights!r}: choose ema or model")
+    if dtype:
+        kept = {name: t.to(DTYPES[dtype]) if t.ndim > 1 else t for name, t in kept.items()}
     kept |= {name: t for name, t in tensors.items() if name.startswith("packer.")}
     exported = write_tensors(folder / EXPORTED, kept)
     for result in results:
@@ -322,6 +331,7 @@ def export(path: str | Path, folder: str | Path, weights: str = "ema", results: 
     again = [_condition(result) for result in measured]
     measured = [old for old in manifest.get("results", []) if _condition(old) not in again] + measured
     manifest = manifest | {"weights": weights, "sha256": exported, "results": measured}
+    manifest |= {"dtype": dtype} if dtype else {}
     write_atomic(folder / "README.md", card(manifest).encode())
     write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
     return folder
@@ -357,6 +367,7 @@ def card(manifest: dict) -> str:
     rows += [(f"code: {name}", value) for name, value in about["code"].items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, ""))
     actions = ", ".join(about["action"].get("names", []))
+    types = "float32, the network's matrices bfloat16," if manifest.get("dtype") == "bfloat16" else "float32"
     load = {
         "finetune": 'from policies import load_policy\n\npolicy = load_policy("FOLDER")',
         "codec": 'from selfflow_robot import latents\n\ncodec = latents.load_codec("FOLDER")',
@@ -380,7 +391,7 @@ Actions: {actions}; {about["action"].get("units", "")}.
 |---|---|
 {table}
 
-Tensors are float32 safetensors; `packer.*` are the codec's and the normalisation's statistics. Nothing is unpickled.
+Tensors are {types} safetensors; `packer.*` are the codec's and the normalisation's statistics. Nothing is unpickled.
 """
 
 

@@ -221,6 +221,7 @@ class ExportConfig:
     checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
     out: str | None = key(None, "folder to write; default exported/<run>")
     weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
+    dtype: str | None = key(None, "of the network's matrices: float32, or bfloat16 for half the size; default as they are")
     results: list[str] = key([], "evaluations of it (folders of eval_simpler.py), to join those in its card")
 
 

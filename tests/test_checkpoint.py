@@ -183,6 +183,34 @@ def test_exported_folders_load_like_runs(tmp_path):
         checkpoint.load_model(tmp_path / "ema")
 
 
+def test_a_bfloat16_export_is_half_as_large_and_computes_the_same_in_bf16(tmp_path):
+    trained(tmp_path / "run" / "checkpoint")
+    whole = checkpoint.export(tmp_path / "run", tmp_path / "whole")
+    half = checkpoint.export(tmp_path / "run", tmp_path / "half", dtype="bfloat16")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, half)]
+    assert sizes[1] < 0.62 * sizes[0]  # of a network this small, vectors are a larger part
+    tensors = load_file(half / "model.safetensors")
+    for name, tensor in tensors.items():
+        matrix = name.startswith("model.") and tensor.ndim > 1
+        assert tensor.dtype == (torch.bfloat16 if matrix else load_file(whole / "model.safetensors")[name].dtype), name
+    outputs = []
+    for folder in (whole, half):
+        model, packer, _ = checkpoint.load_model(folder)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}  # to train on, and as every function expects
+        tokens = packer.pack(make_batch(), "joint_plan")
+        z = torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            sampler = model.for_inference("cpu")
+            outputs += [net(z, torch.full(z.shape[:2], 0.5), tokens)[0] for net in (model, sampler)]
+    assert outputs[0].abs().max() > 0 and all(torch.equal(outputs[0], other) for other in outputs[1:])
+    assert "the network's matrices bfloat16" in (half / "README.md").read_text()
+    again = checkpoint.export(half, tmp_path / "again")  # stays as it is, and says so
+    assert (again / "model.safetensors").read_bytes() == (half / "model.safetensors").read_bytes()
+    assert (again / "README.md").read_text() == (half / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="dtype 'float16': choose float32 or bfloat16"):
+        checkpoint.export(half, tmp_path / "x", dtype="float16")
+
+
 def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     trained(tmp_path / "run" / "checkpoint")
     result = {
