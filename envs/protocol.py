@@ -222,7 +222,8 @@ def make_protocol(
     full = PICTURE_SIZES[task.robot]
     starts = [asdict(episode) | {"number": 0} for episode in episodes]
     published = protocol != "random"
-    beyond = f", {task.widened[-1]} up to {margin} m beyond" if margin else ""
+    moved = " and ".join(name for name in task.widened if name != "pose")
+    beyond = f", {moved} up to {margin} m beyond" if margin else ""
     return {
         "benchmark": "SIMPLER",
         "simulator": simulator,

@@ -180,8 +180,8 @@ class Task:
         """What upstream's reset draws from `seed`: the choices of this task's `options`, and urdf_version.
 
         Upstream restarts its stream before every group of draws; keep that to get its episodes. margin (m), which
-        upstream has not: `object_xy` is drawn from an area that reaches so much further on every side; in drawer tasks,
-        which begin from nine places of the robot alone, `robot_xy` is drawn up to so far from them along both axes.
+        upstream has not: `object_xy` is drawn from an area that reaches so much further on every side; before a
+        cabinet, where the robot has three or nine places, `robot_xy` up to so far from them along both axes.
         """
         stream = np.random.RandomState(seed)
 
@@ -207,7 +207,7 @@ class Task:
             low, high = PICK_XY if self.kind == "pick" else PLACE_XY
             low, high = np.subtract(low, margin), np.add(high, margin)
             drawn["object_xy"] = tuple(np.random.RandomState(seed).uniform(low, high).tolist())
-        elif self.poses and margin:
+        if self.poses and margin:
             beside = np.random.default_rng([seed, 0]).uniform(-margin, margin, 2)
             drawn["robot_xy"] = tuple(np.add(POSES[drawn["pose"]][:2], beside).tolist())
         return drawn
@@ -215,9 +215,8 @@ class Task:
     @property
     def widened(self) -> tuple[str, ...]:
         """The choices that a margin decides; none where everything has its numbered place."""
-        if self.kind in ("pick", "place"):
-            return ("object_xy",)
-        return ("pose", "robot_xy") if self.poses else ()
+        places = {"object_xy": self.kind in ("pick", "place"), "pose": self.poses, "robot_xy": self.poses}
+        return tuple(name for name, there in places.items() if there)
 
     def beyond(self, seed: int, margin: float) -> dict:
         """Reset options that widen the draw of `seed`; none without a margin."""

@@ -6,9 +6,10 @@
 
 `checkpoint.load_model`, `policies.load_policy` and --checkpoint of every script take such a folder like a run. It has
 the averaged weights (or --weights model: the ones in training) and no optimiser, so training cannot continue from it;
-fine-tuning can start from it (--pretrained exported/backbone). With --dtype bfloat16 it has half the size, and where
-the processor computes in bf16 the same outputs to the bit; elsewhere the matrices are rounded to 8 bits. Evaluations given as --results are in its card, beside
-those that the checkpoint has already where it is an export itself.
+fine-tuning can start from it (--pretrained exported/backbone). --dtype bfloat16 makes it half as large: where the
+processor computes in bf16 its outputs are the same to the bit, elsewhere those of matrices rounded to 8 bits.
+Evaluations given as --results are in its card, beside those that the checkpoint has already where it is an export
+itself.
 """
 
 import json

@@ -162,7 +162,7 @@ class CollectConfig:
     variation: float = key(1.0, "of the expert's ways from episode to episode; 0: always alike, its labels then agree")
     disturbance: float = key(0.3, "share of episodes the expert is disturbed in and recovers")
     linger: int = key(8, "control steps recorded after success; judge.py expects 8. More: what comes after is learned")
-    margin: float = key(0.0, "m that objects lie beyond upstream's draws; drawer tasks: the robot beside its places")
+    margin: float = key(0.0, "m that objects lie beyond upstream's draws, and robots beside places at a cabinet")
     keep_failures: bool = key(False, "keep episodes without success")
     width: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
     height: int | None = key(None, "of the pictures, pixels; default a quarter of upstream's")
@@ -177,7 +177,7 @@ class EvalConfig:
     protocol: str = key("random", "random (seeds), visual_matching or variant_aggregation (the published episodes)")
     episodes: int = key(50, "random: one per seed; the published protocols have their own")
     first_seed: int = key(10000, "random: seeds from here on; demonstrations use small ones")
-    margin: float = key(0.0, "random: as in collect_demos.py, m; drawer tasks then begin elsewhere in every episode")
+    margin: float = key(0.0, "random: as in collect_demos.py, m; before a cabinet every episode then begins elsewhere")
     simulator: str = key("ours", "ours, or upstream: the original SIMPLER, where it is installed")
     shader: str = key("default", "default (rasteriser) or rt (ray tracing, as upstream's drawers; needs a GPU)")
     physics: str = key("default", "default, pgs, tgs, iterations_50, velocity_1, velocity_4, pcm or contact_5mm")
@@ -221,7 +221,7 @@ class ExportConfig:
     checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
     out: str | None = key(None, "folder to write; default exported/<run>")
     weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
-    dtype: str | None = key(None, "of the network's matrices: float32, or bfloat16 for half the size; default as they are")
+    dtype: str | None = key(None, "of matrices: float32, or bfloat16 for half the size; default as they are")
     results: list[str] = key([], "evaluations of it (folders of eval_simpler.py), to join those in its card")
 
 

@@ -136,9 +136,10 @@ def test_the_expert_varies_as_told(folder, variation):
     assert first == again != other  # the seed's own
 
 
-def test_a_margin_moves_the_object_or_without_one_the_robot(folder):
+def test_a_margin_moves_the_object_and_before_a_cabinet_the_robot(folder):
     env = LineEnv(width=32, height=16)
-    for name, moved in (("open_and_place", ["object_xy"]), ("open_drawer", ["pose", "robot_xy"]), ("move_near", [])):
+    robot = ["pose", "robot_xy"]
+    for name, moved in (("open_and_place", ["object_xy", *robot]), ("open_drawer", robot), ("move_near", [])):
         env.task = get_task(name)
         for margin in (0.0, 0.04):
             told = config(margin=margin)

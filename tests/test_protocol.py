@@ -169,6 +169,9 @@ def test_a_margin_makes_another_measurement_of_the_random_protocol():
     )
     assert [(e.number, e.seed) for e in wide] == [(e.number, e.seed) for e in plain]
     assert [set(e.options) for e in wide] == [{"pose", "robot_xy"}] * 3
+    resets = [make_protocol(name, "random", margin=0.05)["reset"].partition(", ")[2]
+              for name in ("open_drawer", "pick_coke_can", "open_and_place")]  # fmt: skip
+    assert resets == [f"{moved} up to 0.05 m beyond" for moved in ("robot_xy", "object_xy", "object_xy and robot_xy")]
     hashes = [protocol_hash(make_protocol("open_drawer", "random", 10, 3, margin=margin)) for margin in (0, 0.04, 0.05)]
     assert len(set(hashes)) == 3 and hashes[0] == protocol_hash(make_protocol("open_drawer", "random", 10, 3))
 

@@ -195,18 +195,21 @@ def test_a_margin_widens_the_draw_of_places_and_nothing_else(name):
     task, margin = get_task(name), 0.04
     plain, wide = ([task.draw(seed, m) for seed in range(200)] for m in (0.0, margin))
     a, b = (np.array([drawn.pop("object_xy") for drawn in draws]) for draws in (plain, wide))
-    assert plain == wide
+    robots = [drawn.pop("robot_xy", None) for drawn in wide]
+    assert plain == wide and (len(set(robots)) == 200 if task.poses else set(robots) == {None})
     low, high = {"open_and_place": PLACE_XY, "pick_coke_can": PICK_XY}[name]
     shares = (a - low) / np.subtract(high, low)  # of the area, the same in the wider one
     np.testing.assert_allclose(b, np.subtract(low, margin) + shares * (np.subtract(high, low) + 2 * margin), atol=1e-12)
     assert ((b < low) | (b > high)).any(1).mean() > 0.3
 
 
-@pytest.mark.parametrize("name", ["open_drawer", "close_top_drawer"])
+@pytest.mark.parametrize("name", ["open_drawer", "close_top_drawer", "open_and_place"])
 def test_a_margin_stands_the_robot_beside_its_places(name):
     """Drawer tasks draw nothing but numbers: with a margin no two episodes begin alike, all else as before."""
     task, margin = get_task(name), 0.05
     plain, wide = ([task.draw(seed, m) for seed in range(200)] for m in (0.0, margin))
+    if task.kind == "place":  # the object moves too, as tested above
+        plain, wide = ([drawn | {"object_xy": None} for drawn in draws] for draws in (plain, wide))
     places = [drawn.pop("robot_xy") for drawn in wide]
     assert plain == wide and len(set(places)) == 200
     beside = np.subtract(places, [POSES[drawn["pose"]][:2] for drawn in wide]) / margin
