@@ -43,6 +43,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
     backbone, backbone_hash = choose_backbone(cfg, folder)
     manifest: dict = {}
     if backbone is None:
+        if cfg.grow:
+            raise ValueError("--grow true needs a smaller network that was trained: name it with --pretrained")
         packer = Packer(layout, latents.open_codec("dct", windows))
         model = Model(preset(cfg.model), packer.channels, packer.codec.config.patch)
     else:

@@ -377,6 +377,8 @@ def test_a_policy_goes_on_as_a_larger_network(workplace, monkeypatch):
     how = dict(name="g", pretrained="f", model="small", lr=0.0, **FINETUNE)
     with pytest.raises(ValueError, match="f is not of preset small: give --model, or --grow true"):
         finetune(FinetuneConfig(**how, **COMMON))
+    with pytest.raises(ValueError, match=r"--grow true needs a smaller network .*--pretrained"):
+        finetune(FinetuneConfig(**how | {"pretrained": "none"}, grow=True, **COMMON))
     second = finetune(FinetuneConfig(**how, grow=True, **COMMON))
     assert checkpoint.load_model(second)[0].config == larger
     lines = [(run / "metrics.jsonl").read_text().splitlines()[-1] for run in (first, second)]
