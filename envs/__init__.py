@@ -20,7 +20,7 @@ def make_env(task: str = "open_and_place", **kwargs) -> gym.Env:
     """The environment of a SIMPLER task (upstream or short name), with its step limit.
 
     Keyword arguments: width, height (camera, default a quarter of upstream's), overlay (bool), shader,
-    obs_mode ("rgb" | "none").
+    obs_mode ("rgb" | "none"), physics (`protocol.PHYSICS`).
     """
     return gym.make(f"simpler/{get_task(task).short}-v0", **kwargs)
 

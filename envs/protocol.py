@@ -247,7 +247,7 @@ def make_protocol(
             "view": "overhead",
             "width": width or full[0] // 4,
             "height": height or full[1] // 4,
-            "shader": "rasteriser" if shader == "default" else shader,
+            "shader": {"ours": "rasteriser"}.get(simulator, "upstream's own") if shader == "default" else shader,
         },
         "overlay": protocol != "variant_aggregation",
     }

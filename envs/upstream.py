@@ -32,7 +32,7 @@ SERVER = Path(__file__).with_name("upstream_server.py")
 REMEDY = """Upstream SIMPLER needs Python 3.10 or 3.11 (there is no SAPIEN 2.2.2 for newer ones):
     git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv
     python3.11 -m venv {cache}
-    {cache}/bin/pip install "numpy<2" "opencv-python<4.12" "setuptools<81" msgpack \\
+    {cache}/bin/pip install "numpy<2" "opencv-python<4.12" "setuptools<81" msgpack sapien==2.2.2 \\
         -e SimplerEnv/ManiSkill2_real2sim -e SimplerEnv
 or name an interpreter that has it: SIMPLER_UPSTREAM_PYTHON=/path/to/python"""
 

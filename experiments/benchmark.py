@@ -14,7 +14,7 @@
 those of the processor, so that other programs do not count.
 
 Each process is held to one core (LP_NUM_THREADS=1 unless set: software Vulkan takes all cores otherwise). Quote a quiet
-machine; `--json` prints one object.
+machine; `--json` prints one object, of `env --task all` a list.
 """
 
 import argparse

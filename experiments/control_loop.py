@@ -223,7 +223,7 @@ def main():
     parser.add_argument("--episode", type=int, default=0, help="replay: which episode (default 0)")
     parser.add_argument("--rate", type=float, help="control steps per second (default: the checkpoint's, which a real "
                         "robot must have; simulator and replay take any, as 3, 15 or 50)")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=30.0, help="at most (default %(default)g)")
+    parser.add_argument("--seconds", type=float, default=70.0, help="at most (default %(default)g, a whole episode)")
     parser.add_argument("--execute", type=int, default=4, help="actions of a chunk before the next inference starts")
     parser.add_argument("--delay", type=int, help="control steps an inference takes (default: measured)")
     parser.add_argument("--threads", type=int, default=1, help="of torch: on a CPU more are slower (default 1)")

@@ -55,6 +55,9 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         raise ValueError(f"episodes is {cfg.episodes}; it must be at least 1")
     if cfg.simulator not in SIMULATORS:
         raise ValueError(f"unknown simulator {cfg.simulator!r}; known: {', '.join(SIMULATORS)}")
+    for name in ("shader", "physics"):
+        if cfg.simulator == "upstream" and getattr(cfg, name) != "default":
+            raise ValueError(f"{name} {getattr(cfg, name)}: upstream has its own, leave --{name} out")
     identity = identify(cfg)
     subject = Path(identity["checkpoint"]).name if identity["checkpoint"] else cfg.policy
     usual = {"protocol": "random", "simulator": "ours", "physics": "default"}

@@ -27,6 +27,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     from selfflow_robot.grow import grow
     from selfflow_robot.model import Model, preset
     from selfflow_robot.processes import part_loss
+    from selfflow_robot.selfflow import METHODS
     from selfflow_robot.tokens import MODES, VIDEO_ONLY, Layout, Packer
     from selfflow_robot.validation import action_errors, action_following, held_out, sample_video, video_loss
 
@@ -34,6 +35,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
         raise ValueError(
             f"modes: {', '.join(sorted(wrong))} unknown; there are {', '.join(MODES.keys() - set(VIDEO_ONLY))}"
         )
+    if cfg.method not in METHODS:
+        raise ValueError(f"method {cfg.method!r}: choose one of {', '.join(METHODS)}")
     dataset, device, processes = train.start(cfg, Path(__file__).with_name("collect_demos.py"))
     folder = Path("runs") / cfg.name
     height, width, _ = dataset.image_shape

@@ -130,7 +130,7 @@ def measure(policy, windows: Held, seed: int, perceptual: bool, features=None) -
     }
 
 
-def print_measures(found: dict, windows, fps: int, layout) -> None:
+def print_measures(found: dict, windows, fps: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -208,7 +208,7 @@ def as_dataset(episode, layout) -> Dataset:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run)")
+    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run, or the one shipped)")
     parser.add_argument("--data", type=Path, default=Path("data/open_and_place"), help="default %(default)s")
     parser.add_argument("--live", metavar="TASK", help="an episode of the simulator instead of --data")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the live episode (default 0)")
@@ -270,7 +270,7 @@ def run(arguments) -> None:
         **found,
     }
     checkpoint.write_atomic(results, json.dumps(plain(report), indent=1).encode())
-    print_measures(found, windows, dataset.fps, layout)
+    print_measures(found, windows, dataset.fps)
     if reason:
         print(f"LPIPS left out: {reason}")
     print(results)

@@ -44,7 +44,7 @@ def make(run: str | Path, data: str | Path, frames: int, imagined: int, steps: i
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run)")
+    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run, or the one shipped)")
     parser.add_argument("--data", type=Path, default=Path("data/open_and_place"), help="default %(default)s")
     parser.add_argument("--frames", type=int, default=4000, help="real ones fitted on (default 4000)")
     parser.add_argument("--imagined", type=int, default=1000, help="imagined ones fitted on (default 1000)")

@@ -211,7 +211,7 @@ def load(paths: list[str], steps: int, temperature: float = 1.0) -> dict[str, Fl
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", help="fine-tuned runs or folders (default: the newest)")
+    parser.add_argument("--runs", nargs="+", help="fine-tuned runs or folders (default: the newest or shipped one)")
     parser.add_argument("--data", type=Path, default=Path("data/open_and_place"), help="default %(default)s")
     parser.add_argument("--windows", type=int, default=128, help="of the validation episodes (default 128)")
     parser.add_argument("--sample_steps", type=int, default=8, help="of the flow sampler (default 8)")

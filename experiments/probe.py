@@ -4,7 +4,7 @@
     python experiments/probe.py --runs runs/sf_* runs/fm_*                several, summarised over their seeds
     python experiments/probe.py --runs a b --tokens generated --level 0.5
 
-Both arms at equal compute, three lengths, three seeds (a Self-Flow step costs about 1.25 plain ones, so the baseline
+Both arms at equal compute, three lengths, three seeds (a Self-Flow step costs 1.23 to 1.29 plain ones, so the baseline
 gets a quarter more of them; `experiments/benchmark.py train` measures the ratio):
 
     for seed in 0 1 2; do for steps in 400 1200 3600; do

@@ -269,7 +269,7 @@ def plain(value):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run)")
+    parser.add_argument("--checkpoint", help="run or folder (default: the newest fine-tuned run, or the one shipped)")
     parser.add_argument("--measure", nargs="+", choices=("jitter", "smoothness", "success"),
                         default=["jitter", "smoothness"], help="default: jitter smoothness")  # fmt: skip
     parser.add_argument("--data", type=Path, default=Path("data/open_and_place"), help="default %(default)s")

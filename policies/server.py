@@ -539,7 +539,7 @@ def tls_context(cert: str, key: str | None = None) -> ssl.SSLContext:
 
 @contextmanager
 def serving(policy, metadata: dict | None = None, **settings) -> Iterator[PolicyServer]:
-    """A running server in a thread of this process, for tests and measurements. settings: of `PolicyServer`."""
+    """A running server in a thread of this process, for tests and notebooks. settings: of `PolicyServer`."""
     server, started, failures = PolicyServer(policy, metadata, **settings), threading.Event(), []
 
     def work():

@@ -36,7 +36,7 @@ class TrainingConfig:
     """What pretraining and fine-tuning share."""
 
     data: str = key("data/open_and_place", "LeRobot data set; collected first if it is the default and absent")
-    model: str = key("tiny", "preset: tiny (4.5 M parameters), small (21 M), base, large, 625m, 1b or 4b")
+    model: str = key("tiny", "preset: tiny (4.6 M parameters), small (21 M), base, large, 625m, 1b or 4b")
     batch_size: int = key(32, "windows per step")
     seed: int = key(0, "of everything random")
     optimizer: str = key("adamw", "adamw, or muon for the blocks' matrices: fewer steps to the same loss")
@@ -97,7 +97,7 @@ class PretrainConfig(TrainingConfig):
 @dataclass
 class FinetuneConfig(TrainingConfig):
     name: str = key("finetune_${method}", "run folder runs/<name>; the same name again continues it")
-    method: str = key("self_flow", "which backbone to start from, by its pretraining: self_flow or flow_matching")
+    method: str = key("self_flow", "which backbone to start from, by the method of its pretraining")
     pretrained: str | None = key(None, "run or folder; default the newest pretraining by `method`; none: from scratch")
     grow: bool = key(False, "a smaller network that was pretrained begins as one of preset `model`, with its outputs")
     self_flow_terms: bool = key(False, "keep Self-Flow's terms in fine-tuning (off: both arms learn the same loss)")
@@ -171,7 +171,7 @@ class CollectConfig:
 @dataclass
 class EvalConfig:
     task: str = key("open_and_place", "see README for the list")
-    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
+    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run, or the one shipped")
     policy: str = key("checkpoint", "checkpoint, expert, hold, or remote: whatever --server serves")
     server: str | None = key(None, "remote: address of a policy server, host:port, ws://... or wss://...")
     protocol: str = key("random", "random (seeds), visual_matching or variant_aggregation (the published episodes)")
@@ -218,7 +218,7 @@ class ProbeConfig:
 
 @dataclass
 class ExportConfig:
-    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
+    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run, or the one shipped")
     out: str | None = key(None, "folder to write; default exported/<run>")
     weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
     dtype: str | None = key(None, "of matrices: float32, or bfloat16 for half the size; default as they are")
@@ -227,7 +227,7 @@ class ExportConfig:
 
 @dataclass
 class ServeConfig:
-    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run")
+    checkpoint: str | None = key(None, "run or folder; default the newest fine-tuned run, or the one shipped")
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0: every network of this machine")
     port: int = key(8000, "to listen on; 0: a free one")
     token_file: str | None = key(None, "file with the token clients must show; default the variable SELFFLOW_TOKEN")

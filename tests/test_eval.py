@@ -141,6 +141,9 @@ def test_what_cannot_be_evaluated_says_why(folder, inline, monkeypatch):
         evaluate(config(task="fridge"), start)
     with pytest.raises(ValueError, match="unknown policy 'random'; known: checkpoint, expert, hold"):
         evaluate(config(policy="random"), start)
+    for name, value in (("shader", "rt"), ("physics", "tgs")):
+        with pytest.raises(ValueError, match=f"{name} {value}: upstream has its own, leave --{name} out"):
+            evaluate(EvalConfig(simulator="upstream", **{name: value}, policy="hold"))
     with pytest.raises(ValueError, match=r"python experiments/finetune\.py"):
         evaluate(config(policy="checkpoint"), start)
     with pytest.raises(ValueError, match="no checkpoint at nowhere"):

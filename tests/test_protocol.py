@@ -381,3 +381,9 @@ def test_results_that_do_not_compare_are_refused(tmp_path, changes, message):
         reference.read_result(write_result(tmp_path / "a", **changes))
     with pytest.raises(ValueError, match="is not a complete evaluation"):
         reference.read_result(tmp_path / "b")
+
+
+def test_a_record_names_a_renderer_that_was_used():
+    shaders = [make_protocol("open_drawer", **how)["camera"]["shader"]
+               for how in ({}, {"shader": "rt"}, {"simulator": "upstream"})]  # fmt: skip
+    assert shaders == ["rasteriser", "rt", "upstream's own"]

@@ -352,6 +352,8 @@ def test_scripts_from_data_to_policy(workplace):
     pretrain(PretrainConfig(name="newer", method="flow_matching", seed=3, **PRETRAIN, **COMMON))
     finetune(FinetuneConfig(name="f", method="flow_matching", **FINETUNE, **COMMON | {"steps": 5}))
     assert checkpoint.load(run / "checkpoint")[1]["step"] == 5
+    with pytest.raises(ValueError, match="method 'flow': choose one of self_flow, flow_matching"):
+        finetune(FinetuneConfig(name="g", method="flow", **FINETUNE, **COMMON))
     with pytest.raises(ValueError, match="modes: walking unknown"):
         finetune(FinetuneConfig(name="g", modes={"walking": 1.0}, **FINETUNE, **COMMON))
 
