@@ -6,11 +6,14 @@ that was not, and several processes take the steps that one would take alone (`p
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -314,7 +317,8 @@ def fit(
 
     manifest: {"kind", "method", "identity": settings that must not change between parts of a run, "config"}. sample
     returns a video uint8 (T, H, W, 3). flops_per_step of the whole batch and peak_flops of one process's device: logs
-    their ratio as `mfu`. Raises CheckpointError when the folder holds a run with another identity.
+    their ratio as `mfu`. Raises CheckpointError when the folder holds a run with another identity, and
+    KeyboardInterrupt, the step saved, when it was asked to stop (`stoppable`).
     """
     folder, processes = run / "checkpoint", state.processes
     if checkpoint.saved(folder):
@@ -344,7 +348,7 @@ def fit(
             checkpoint.save_batch(run / "nonfinite", step, batch, part, {"seed": config.seed, "metrics": metrics})
 
     device = next(state.model.parameters()).device
-    with Reporter(run, config.steps, state.step, wandb_mode, processes.main) as report:
+    with Reporter(run, config.steps, state.step, wandb_mode, processes.main) as report, stoppable(processes) as asked:
         for step, metrics in train(state, batches(state.step), loss_fn, config, keep):
             last = step == config.steps
             if device.type == "cuda":
@@ -359,9 +363,38 @@ def fit(
                 with precision(device):
                     video = sample(state.teacher)
                 report.video(step, video)
-            if last or is_due(step, save_every):
+            stop = asked() and not last
+            if last or stop or is_due(step, save_every):
                 report.flush()
                 save()
+            if stop:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def stoppable(processes: Processes) -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come: the first lets a step end, so that it can be saved, the next does not wait.
+    Never where several processes would save at different steps, or outside the main thread."""
+    came: list[int] = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        print("\nStopping: this step is finished and saved first. Once more: at once.", file=sys.stderr, flush=True)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if processes.count > 1 or threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup's is not
+    try:
+        for number in heeded:
+            signal.signal(number, note)
+        yield lambda: bool(came)
+    finally:
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -3,8 +3,11 @@
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import resource
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -22,13 +25,15 @@ MANIFEST = {"kind": "pretrain", "method": "self_flow", "identity": {}, "config":
 MODES = ["pretrain", "pretrain_all", "joint_plan"]
 
 
-def fit(run, steps, largest_file=None):
-    """largest_file: bytes after which the disk is full."""
+def fit(run, steps, largest_file=None, signals=None):
+    """largest_file: bytes after which the disk is full. signals {step: signals that come while it is computed}."""
     packer, config = make_packer(), TrainConfig(steps=steps, lr=1e-3, warmup=2, cooldown=0)
     state = train.new_state(make_model(packer), config)
     objective = SelfFlowConfig(mask_ratio=0.25)
 
     def loss_fn(student, teacher, batch, generator):
+        for number in (signals or {}).get(state.step, ()):
+            os.kill(os.getpid(), number)
         mode = MODES[torch.randint(3, (), generator=generator)]
         return part_loss(student, teacher, lambda: packer.pack(batch, mode), objective, generator)
 
@@ -90,6 +95,43 @@ def test_killed_at_ten_random_moments(tmp_path):
     assert newest(tmp_path / "killed") == steps
     same_ending(tmp_path / "killed", tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_the_step_it_is_in(tmp_path, number, capfd):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", 8, signals={4: [number]})
+    assert newest(tmp_path / "run") == 5  # while the fifth was computed; regular saves are of even steps
+    assert "Stopping: this step is finished and saved first" in capfd.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    fit(tmp_path / "run", 8)
+    fit(tmp_path / "whole", 8)
+    same_ending(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", 8, signals={4: [signal.SIGTERM, signal.SIGINT]})
+    assert newest(tmp_path / "run") == 4
+
+
+def test_an_interrupt_in_the_last_step_changes_nothing(tmp_path):
+    fit(tmp_path / "run", 3, signals={2: [signal.SIGINT]})
+    assert newest(tmp_path / "run") == 3
+
+
+def test_what_is_told_to_ignore_interrupts_does(tmp_path):
+    """As a shell's background job; and a thread cannot listen at all."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        fit(tmp_path / "run", 6, signals={4: [signal.SIGINT]})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    thread = threading.Thread(target=fit, args=(tmp_path / "thread", 2))
+    thread.start()
+    thread.join()
+    assert newest(tmp_path / "run") == 6 and newest(tmp_path / "thread") == 2
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(tmp_path):
