@@ -104,7 +104,8 @@ def start_collecting(cfg: CollectConfig, root: str, keep_failures: bool):
 
 def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failures: bool, seed: int) -> dict:
     """Run one seed and commit it to the data set. make_expert(env, rng, variation) gives an episode's expert."""
-    expert = make_expert(env, np.random.default_rng([seed, 0]), cfg.variation)
+    stream = 2 if cfg.margin else 0  # `Task.draw` places the robot by stream 0: ways must not hang on the place
+    expert = make_expert(env, np.random.default_rng([seed, stream]), cfg.variation)
     rng = np.random.default_rng([seed, 1])
     demonstrator = Demonstrator(expert, rng, cfg.disturbance, driver, cfg.policy_fraction, hold=HOLD_STEPS)
     place = env.unwrapped.task.beyond(seed, cfg.margin)

@@ -231,7 +231,8 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
             raise ValueError("the expert reads the state of our own scene; use --simulator ours")
 
         def make_policy(seed):
-            expert = make_expert(env, rng=np.random.default_rng([seed, 0]))
+            stream = 2 if cfg.margin else 0  # as in collect_demos.py
+            expert = make_expert(env, rng=np.random.default_rng([seed, stream]))
             return Demonstrator(expert, np.random.default_rng([seed, 1]))
 
         return partial(run_episode, env, make_policy, cfg, folder)

@@ -25,8 +25,9 @@ def export(cfg: ExportConfig) -> Path:
     source = checkpoint.chosen(cfg.checkpoint)
     results = [json.loads((Path(run) / "results.json").read_text()) for run in cfg.results]
     folder = checkpoint.export(source, cfg.out or Path("exported") / Path(source).name, cfg.weights, results, cfg.dtype)
+    weights = checkpoint.read_manifest(folder / "config.json")["weights"]
     size = (folder / checkpoint.EXPORTED).stat().st_size / 1e6
-    print(f"{folder}: {cfg.weights} weights of {source}, {size:.0f} MB")
+    print(f"{folder}: {weights} weights of {source}, {size:.0f} MB")
     return folder
 
 

@@ -62,9 +62,11 @@ class Arm:
 def report(cfg: ReportConfig) -> Path:
     """Write the page and return its path. Raises ReportError for a damaged input."""
     arms = [arm for folder in cfg.arms if (arm := read_arm(Path(folder)))]
-    runs = {Path(f).name: curves for f in cfg.training if (curves := read_curves(Path(f) / "metrics.jsonl"))}
+    names = [Path(f).name for f in cfg.training]
+    names = {f: f if names.count(Path(f).name) > 1 else Path(f).name for f in cfg.training}
+    runs = {names[f]: curves for f in cfg.training if (curves := read_curves(Path(f) / "metrics.jsonl"))}
     missing = [f for f in cfg.arms if not (Path(f) / "results.json").exists()]
-    missing += [f for f in cfg.training if Path(f).name not in runs]
+    missing += [f for f in cfg.training if names[f] not in runs]
     task = arms[0].results.get("task", "unknown task") if arms else "no evaluation"
     page = PAGE.substitute(
         title=escape(f"selfflow_robot: {task}"),
@@ -173,8 +175,10 @@ def training_section(runs: dict[str, dict[str, dict[int, float]]]) -> str:
     panels: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for curves in runs.values() for key in curves):
         panels.setdefault(key.split("/")[-1], []).append(key)
+    most = len(LINES)  # keys of a panel: as many as there are styles, the next ones go into another
+    cut = [(name, every[i : i + most]) for name, every in panels.items() for i in range(0, len(every), most)]
     charts = []
-    for panel, keys in panels.items():
+    for panel, keys in cut:
         figure, axis = pyplot.subplots(figsize=(3.6, 2.6))
         for i, curves in enumerate(runs.values()):
             for style, key in zip(LINES, keys):

@@ -382,11 +382,14 @@ def accelerators() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [str(number) for number, _ in enumerate(listed.splitlines())]
+    whole = [line for line in listed.splitlines() if line.startswith("GPU ")]  # below one, indented, its parts (MIG)
+    return [str(number) for number, _ in enumerate(whole)]
 
 
 def slots(count: int) -> list[dict[str, str]]:
     """What each of `count` jobs at a time finds in its environment: GPUs in turn. 0: one per GPU, or per core."""
+    if count < 0:
+        raise ValueError(f"jobs must be at least 1, or 0 for one per GPU or core, got {count}")
     gpus = accelerators()
     count = count or len(gpus) or len(os.sched_getaffinity(0))
     return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {} for number in range(count)]
@@ -514,7 +517,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, results.ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

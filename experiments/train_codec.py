@@ -36,7 +36,7 @@ def train_codec(cfg: TrainCodecConfig) -> Path:
     layout = Layout(future=(), height=height, width=width, view=dataset.view, fps=dataset.fps)
     config = autoencoder.AutoencoderConfig(cfg.channels, cfg.width)
     model = autoencoder.Autoencoder(config).to(device)
-    # What is saved for use: the averaged weights, copied at every measurement, and their statistics.
+    # What is saved for use: the averaged weights and their statistics.
     packer = Packer(layout, CodecConfig("autoencoder", network=asdict(config))).to(device)
     strides = {stride: clips(dataset, cfg.frames, stride, "train") for stride in range(1, cfg.stride + 1)}
     shown = held_out(dataset, cfg)
@@ -54,10 +54,12 @@ def train_codec(cfg: TrainCodecConfig) -> Path:
         pixels = to_float(crop(batch["video"], cfg.crop, generator).to(device))  # (B, T, H, W, 3)
         return autoencoder.loss(model, pixels, cfg.noise, cfg.latent_weight, generator)
 
-    def validate(averaged):
+    def prepare(averaged):
         packer.codec.network.load_state_dict(averaged.state_dict())
         windows = strides[cfg.stride]
         packer.codec.fit(windows.gather([index])["video"] for index in evenly(windows))
+
+    def validate(averaged):
         if not shown:
             return {}
         write_pictures(folder / "reconstructions.png", packer.codec, shown)
@@ -78,7 +80,8 @@ def train_codec(cfg: TrainCodecConfig) -> Path:
         loss_fn=loss_fn,
         validate=validate,
         save_every=cfg.save_every,
-        validate_every=cfg.save_every,  # never saved without: the codec is made there
+        validate_every=cfg.save_every,
+        prepare=prepare,
         wandb_mode=cfg.wandb,
     )
     if processes.main:

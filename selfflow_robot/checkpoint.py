@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from selfflow_robot.codec import Codec, CodecConfig
@@ -312,6 +313,8 @@ def export(
         raise CheckpointError(f"dtype {dtype!r}: choose float32 or bfloat16")
     folder, found = Path(folder), find(path)
     tensors, manifest = load(found)
+    if weights == "model" and manifest.get("weights", weights) != weights:
+        raise CheckpointError(f"{found} is an export of its averaged weights: it has no others")
     weights = manifest.get("weights", weights)
     prefix = "model" if "weights" in manifest else weights
     kept = {
@@ -322,10 +325,13 @@ def export(
     if dtype:
         kept = {name: t.to(DTYPES[dtype]) if t.ndim > 1 else t for name, t in kept.items()}
     kept |= {name: t for name, t in tensors.items() if name.startswith("packer.")}
+    kept = {name: tensor.contiguous() for name, tensor in kept.items()}
+    hashes = {manifest["sha256"], *([hashlib.sha256(to_bytes(kept)).hexdigest()] if results else [])}
+    for result in results:  # before anything there is replaced
+        if result.get("checkpoint_hash") not in hashes:
+            what = result.get("task", "something else than a task")
+            raise CheckpointError(f"the results of {what} are those of another checkpoint than {found}")
     exported = write_tensors(folder / EXPORTED, kept)
-    for result in results:
-        if result["checkpoint_hash"] not in (manifest["sha256"], exported):
-            raise CheckpointError(f"the results of {result['task']} are those of another checkpoint than {found}")
     # Those of an export that is written anew stay; what is measured again, acting alike, replaces what was.
     measured = [_measured(result, folder) for result in results]
     again = [_condition(result) for result in measured]

@@ -269,7 +269,8 @@ def in_one_line() -> Iterator[None]:
         print("\nInterrupted. The same command continues.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        speaks = isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
+        speaks = isinstance(error, ValueError | OSError | FloatingPointError)
+        speaks = speaks or type(error).__module__.split(".")[0] in OURS
         if not speaks or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +82,8 @@ def start(cfg: TrainingConfig, collect: Path) -> tuple[Dataset, torch.device, Pr
     device = processes.accelerator.device if processes.accelerator else device
     if cfg.data == TrainingConfig.data and not Path(cfg.data, "meta", "info.json").exists() and processes.main:
         print(f"No data set at {cfg.data} yet: collecting the default one ({collect.name}).", flush=True)
-        subprocess.run([sys.executable, str(collect)], check=True)
+        if subprocess.run([sys.executable, str(collect)], check=False).returncode:
+            raise ValueError(f"{cfg.data} could not be collected, as said above; the same command goes on with it")
     processes.wait()
     return open_dataset(cfg.data), device, processes
 
@@ -188,7 +189,8 @@ def train(
         if not finite:
             keep(state.step, batch, metrics)
             if config.nonfinite == "stop":
-                raise FloatingPointError(f"{_what(metrics)} at step {state.step}: lower the learning rate")
+                why = f"{_what(metrics)} at step {state.step}"
+                raise FloatingPointError(f"{why}: lower the learning rate. The batch is in nonfinite/ of the run")
             state.skipped += 1
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
@@ -312,13 +314,16 @@ def fit(
     sample_every: int = 0,
     flops_per_step: float | None = None,
     peak_flops: float | None = None,
+    prepare: Callable[[Model], None] = lambda averaged: None,
 ) -> None:
     """Trains run folder `run` to its end, or continues it: loop, metrics.jsonl, config.json, checkpoints, samples.
 
     manifest: {"kind", "method", "identity": settings that must not change between parts of a run, "config"}. sample
     returns a video uint8 (T, H, W, 3). flops_per_step of the whole batch and peak_flops of one process's device: logs
-    their ratio as `mfu`. Raises CheckpointError when the folder holds a run with another identity, and
-    KeyboardInterrupt, the step saved, when it was asked to stop (`stoppable`).
+    their ratio as `mfu`. prepare(averaged weights) comes before they are measured or saved.
+
+    Raises CheckpointError when the folder holds a run with another identity, and KeyboardInterrupt, the step saved,
+    when it was asked to stop (`stoppable`).
     """
     folder, processes = run / "checkpoint", state.processes
     if checkpoint.saved(folder):
@@ -351,11 +356,15 @@ def fit(
     with Reporter(run, config.steps, state.step, wandb_mode, processes.main) as report, stoppable(processes) as asked:
         for step, metrics in train(state, batches(state.step), loss_fn, config, keep):
             last = step == config.steps
+            stop = asked() and not last
+            measuring, saving = last or is_due(step, validate_every), last or stop or is_due(step, save_every)
+            if measuring or saving:
+                prepare(state.teacher)
             if device.type == "cuda":
                 metrics["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             if flops_per_step and peak_flops:
                 metrics["mfu"] = flops_per_step / (metrics["step_s"] * peak_flops * processes.count)
-            if last or is_due(step, validate_every):
+            if measuring:
                 with precision(device):
                     metrics |= validate(state.teacher)
             report(step, metrics)
@@ -363,8 +372,7 @@ def fit(
                 with precision(device):
                     video = sample(state.teacher)
                 report.video(step, video)
-            stop = asked() and not last
-            if last or stop or is_due(step, save_every):
+            if saving:
                 report.flush()
                 save()
             if stop:
@@ -381,7 +389,8 @@ def stoppable(processes: Processes) -> Iterator[Callable[[], bool]]:
         if came:
             raise KeyboardInterrupt
         came.append(number)
-        print("\nStopping: this step is finished and saved first. Once more: at once.", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the same Ctrl-C may have ended who reads it
+            print("\nStopping: this step is finished and saved first. Once more: at once.", file=sys.stderr, flush=True)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     if processes.count > 1 or threading.current_thread() is not threading.main_thread():
@@ -459,7 +468,8 @@ class Reporter:
         if self.progress.disable and (time.monotonic() - self.shown > 15 or step == self.steps):
             self.shown = time.monotonic()
             self.flush()
-            print(f"{self.run.name} {step}/{self.steps}  {note}", flush=True)
+            with suppress(BrokenPipeError):  # nobody reads any more, which is no reason to stop
+                print(f"{self.run.name} {step}/{self.steps}  {note}", flush=True)
         if self.wandb:
             self.wandb.log(metrics, step=step)
 

@@ -247,8 +247,13 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     wide = {"protocol": result["protocol"] | {"reset": reset}, "protocol_hash": "b"}
     checkpoint.export(folder, folder, results=[result | wide])
     assert "| random, 10000 and on, robot_xy up to 0.05 m beyond | b |" in (folder / "README.md").read_text()
-    with pytest.raises(CheckpointError, match="open_and_place are those of another checkpoint"):
-        checkpoint.export(tmp_path / "run", tmp_path / "x", results=[result | {"checkpoint_hash": "f00"}])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for wrong, whose in ((result | {"checkpoint_hash": "f00"}, "open_and_place"), ({"runs": []}, "something else")):
+        with pytest.raises(CheckpointError, match=f"the results of {whose}.* are those of another checkpoint"):
+            checkpoint.export(tmp_path / "run", folder, "model", results=[wrong])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # a refusal costs nothing
+    with pytest.raises(CheckpointError, match="export of its averaged weights"):
+        checkpoint.export(folder, tmp_path / "x", "model")
 
 
 def test_what_came_with_the_repository_is_the_last_choice(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fakes import LIMIT, InlineWorkers, LineEnv, LineExpert
 
-from envs.tasks import get_task
+from envs.tasks import POSES, get_task
 from experiments.collect_demos import collect, record
 from selfflow_robot.config import CollectConfig
 from selfflow_robot.data import DatasetError, committed_seeds, open_dataset
@@ -134,6 +134,24 @@ def test_the_expert_varies_as_told(folder, variation):
     assert [given for given, _ in told] == [variation] * 3
     first, again, other = (state for _, state in told)
     assert first == again != other  # the seed's own
+
+
+def test_ways_do_not_hang_on_where_a_margin_stands_the_robot(folder):
+    """The expert's random numbers are others than those of the place: the stream of `Task.draw` is not drawn twice."""
+    told = []
+
+    def make_expert(env, rng, variation):
+        told.append(rng.uniform(-1, 1, 2))
+        return LineExpert(env)
+
+    env = LineEnv(width=32, height=16)
+    env.task = get_task("open_drawer")
+    for margin in (0.0, 0.04):
+        record(env, make_expert, None, config(margin=margin), f"data/{margin}", False, 1)
+    drawn = env.task.draw(1, 0.04)
+    beside = np.subtract(drawn["robot_xy"], POSES[drawn["pose"]][:2]) / 0.04
+    assert not np.allclose(told[1], beside) and not np.allclose(told[0], told[1])
+    assert np.array_equal(told[0], np.random.default_rng([1, 0]).uniform(-1, 1, 2))  # without one as ever
 
 
 def test_a_margin_moves_the_object_and_before_a_cabinet_the_robot(folder):

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from experiments.finetune import finetune
 from experiments.pretrain import pretrain
 from experiments.train_codec import crop, psnr, train_codec
 from policies.flow_policy import FlowPolicy
-from selfflow_robot import checkpoint, data, latents, model
+from selfflow_robot import autoencoder, checkpoint, data, latents, model
 from selfflow_robot.checkpoint import CheckpointError
 from selfflow_robot.codec import Codec, CodecConfig
 from selfflow_robot.config import FinetuneConfig, PretrainConfig, TrainCodecConfig
@@ -233,6 +235,27 @@ def test_a_codec_run_continues_to_the_bit_and_reports(workplace, capsys):
     assert "5 channels per 16x16 pixels" in printed and "dct, 216 channels: PSNR" in printed
     with pytest.raises(CheckpointError, match="channels: 5 there, 6 now"):
         train_codec(TrainCodecConfig(name="whole", steps=4, save_every=2, **CODEC | {"channels": 6}))
+
+
+def test_an_interrupted_codec_is_the_one_of_its_step(workplace, monkeypatch):
+    """Saved where nothing was to be measured: the codec for use is made there all the same."""
+    loss = autoencoder.loss
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*arguments)
+
+    monkeypatch.setattr(autoencoder, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_codec(TrainCodecConfig(name="c", steps=9, save_every=8, **CODEC))
+    saved = tensors("runs/c")
+    assert checkpoint.load(Path("runs/c/checkpoint"))[1]["step"] == 3
+    made = {n: v for n, v in saved.items() if n[:3] == "ema"}
+    assert made and all(torch.equal(v, saved[n.replace("ema", "packer.codec.network", 1)]) for n, v in made.items())
+    assert not torch.equal(saved["packer.codec.mean"], torch.zeros_like(saved["packer.codec.mean"]))  # fitted
 
 
 def test_own_codec_from_frames_to_a_policy(workplace):

@@ -130,6 +130,16 @@ def test_curves_of_a_killed_and_resumed_run(tmp_path):
         make(tmp_path, training=[run])
 
 
+def test_no_curve_and_no_run_is_left_out(tmp_path):
+    """More keys than styles of lines take a second panel; two runs of one name are two."""
+    keys = [f"{name}/policy" for name in ("loss", "cosine", "cleaner", "noisier", "norm")]
+    line = json.dumps({"step": 1} | dict.fromkeys(keys, 1.0))
+    runs = [write_curves(tmp_path / where / "run", [line, line.replace('"step": 1', '"step": 2')]) for where in "ab"]
+    text = make(tmp_path, training=runs)
+    assert text.count('aria-label="training curves: policy"') == 2
+    assert all(str(run) in text for run in runs)
+
+
 def test_names_are_escaped(tmp_path):
     text = make(tmp_path, arms=[write_arm(tmp_path / "<b>arm", [True])])
     assert "<b>arm" not in text and "&lt;b&gt;arm" in text

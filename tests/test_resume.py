@@ -1,5 +1,6 @@
 """A run that was killed, at any moment, ends as the one that was not: same losses, same weights, to the bit."""
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -108,6 +110,20 @@ def test_an_interrupted_run_saves_the_step_it_is_in(tmp_path, number, capfd):
     fit(tmp_path / "run", 8)
     fit(tmp_path / "whole", 8)
     same_ending(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_interrupt_that_ended_its_reader_too_is_saved(tmp_path, monkeypatch):
+    """As in `... 2>&1 | tee log`, where the same Ctrl-C ends tee."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Gone())
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", 8, signals={4: [signal.SIGINT]})
+    assert newest(tmp_path / "run") == 5
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):

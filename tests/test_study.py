@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -310,6 +311,9 @@ def test_the_comparison_holds_what_was_asked_for():
         ("on_the_way: 10", "on_the_way: 30", "on_the_way"),
         ("label: kept,", "lable: kept,", "lable"),
         ("question:", "runs: elsewhere\nquestion:", "no elsewhere.yaml"),
+        ("question:", "question: [", "wrong.yaml is not YAML"),
+        ("on_the_way: 10", "also: 10", "wrong.yaml: something is missing.*on_the_way"),
+        ("looks: [1, 2]", "looks: [1, 2, 3, 4, 5, 6]", "6 looks, at most 5"),
     ],
 )
 def test_what_is_wrong_with_a_plan_is_said(tmp_path, old, new, said):
@@ -431,6 +435,9 @@ def test_mcnemar():
     first, second = "11" + "0" * 19, "10" + "1" * 7 + "0" * 12
     pairs = analysis.mcnemar(outcomes(first, first), outcomes(second, second))
     assert [(p.only_first, p.only_second, round(p.p_value, 4)) for p in pairs] == [(1, 7, 0.0703)] * 2
+    for other in (outcomes(second), outcomes(second, second, second)):
+        with pytest.raises(ValueError, match="pairs training seeds"):
+            analysis.mcnemar(outcomes(first, first), other)
 
 
 def test_few_numbers():
@@ -727,6 +734,12 @@ def test_slots_take_accelerators_in_turn(monkeypatch):
     assert len(study.slots(0)) == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert study.slots(2) == [{}, {}]
+    with pytest.raises(ValueError, match="jobs must be at least 1"):
+        study.slots(-1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    listed = "GPU 0: H100 (UUID: GPU-1)\n  MIG 1g.10gb Device 0: (UUID: MIG-2)\nGPU 1: H100 (UUID: GPU-3)\n"
+    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=listed))
+    assert study.accelerators() == ["0", "1"]
 
 
 def test_estimates_learn_from_what_was_run(tmp_path, tiny):
@@ -799,6 +812,33 @@ def test_episodes_that_begin_alike_count_once_on_the_page(tiny):
     assert re.search(r"50% 10/20 \[15%, 85%\], 1, 4 starts", said["4"])  # and of 2 in 4
 
 
+def test_arms_with_other_training_seeds_are_paired_by_seed(tiny):
+    """The second look has two of the main arms and one of the others; what is not finished is left out of pairs."""
+    Path("better").touch()
+    one = plan.load("small.yaml")
+    jobs = expand(one, 2)
+    assert runner().run(jobs)
+    study.report(one, 1)  # two training seeds of Self-Flow beside one of the arm that keeps its terms
+    points, outcomes = plan.points(one, 2), results.Outcomes(one)
+    sides = results.primary(one, points)
+    assert [[point.seed for point in side] for side in outcomes.same_seeds(*sides)] == [[0, 1], [0, 1]]
+    shutil.rmtree(Path(one.root) / next(point for point in sides[0] if point.seed == 0).evaluation)
+    outcomes = results.Outcomes(one)
+    both = outcomes.same_seeds(*sides)
+    assert [[point.seed for point in side] for side in both] == [[1], [1]]
+    (pair,) = analysis.mcnemar(*outcomes.table(*both), outcomes.starts(*both))
+    assert (pair.only_first, pair.only_second) == (10, 0)  # the fake: all of 20, and every other one
+    assert f"{pair.p_value:.2g} (10:0)" in text_of(study.report(one, 1)).replace("\xa0", " ")
+
+
+def test_a_damaged_result_is_named_and_nothing_is_run(tiny):
+    assert runner().run(few(tiny))
+    path = next(Path("runs/small").glob("evaluate_*/results.json"))
+    path.write_text("{")
+    process = command("--report")
+    assert process.wait(60) == 2
+
+
 def test_what_was_measured_goes_along_without_weights(tiny):
     """One file has all that the page says of it, and where it is unpacked nothing is trained that nobody needs."""
     assert runner().run(few(tiny))
@@ -844,7 +884,12 @@ def test_an_archive_that_does_not_fit_changes_nothing(tiny):
             archive.take(tiny, "more.zip")
     with zipfile.ZipFile("broken.zip", "w") as broken:
         broken.writestr(str(results_of_one), "{")
-    for name in ("cut.zip", "broken.zip", "absent.zip"):
+    middle = len(whole) // 2  # in the middle of what is packed: whatever a byte becomes, it is said
+    for number in range(24):
+        Path(f"flipped{number}.zip").write_bytes(
+            whole[: middle + number] + bytes([whole[middle + number] ^ 255]) + whole[middle + number + 1 :]
+        )
+    for name in ("cut.zip", "broken.zip", "absent.zip", *(f"flipped{number}.zip" for number in range(24))):
         with pytest.raises(ValueError, match=f"{name} is missing or damaged"):
             archive.take(tiny, name)
     assert not Path("runs").exists() and not Path("../outside.json").exists()

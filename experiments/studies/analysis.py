@@ -116,8 +116,11 @@ def _t_interval(value: float, error: float, arms: list[np.ndarray], starts: int,
 
 def mcnemar(first: np.ndarray, second: np.ndarray, starts: Sequence | None = None) -> list[Paired]:
     """Training seed by training seed, paired on the starts: whether these two checkpoints differ, not the methods. A
-    start with several episodes counts once, for the checkpoint that solves more of them."""
+    start with several episodes counts once, for the checkpoint that solves more of them. ValueError unless both arms
+    (S, E) have the same seeds."""
     first, second = _checked(first), _checked(second)
+    if first.shape != second.shape:
+        raise ValueError(f"McNemar's test pairs training seeds and episodes, got {first.shape} and {second.shape}")
     ahead = (first.astype(float) - second) @ _of_start(starts, first).T  # (S, G)
     return [paired_comparison(row > 0, row < 0) for row in ahead]
 

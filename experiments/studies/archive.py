@@ -4,6 +4,7 @@ training curves stay behind, so a training is made again only where something th
 import io
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 from . import plan
@@ -63,7 +64,7 @@ def take(study: Study, path: str | Path) -> int:
             files = {name: archive.read(name) for name in archive.namelist()}
         for content in files.values():
             json.loads(content)
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error!r}): get it again, or make it with --keep") from error
     if foreign := sorted(files.keys() - expected):
         raise ValueError(f"{path} holds {foreign[0]}, which is no measurement of the study {study.name}")

@@ -284,7 +284,8 @@ def difference_section(study: Study, points: list[Point], outcomes: Outcomes) ->
                 gap = analysis.difference(first, second, starts=starts)
                 early.append([*row, str(length), seeds, difference_text(gap)])
                 continue
-            pairs = analysis.mcnemar(first, second, starts)
+            both = outcomes.same_seeds(*sides)
+            pairs = analysis.mcnemar(*outcomes.table(*both), outcomes.starts(*both)) if all(both) else []
             values = ", ".join(f"{pair.p_value:.2g}&nbsp;({pair.only_first}:{pair.only_second})" for pair in pairs)
             estimate = difference_text(found[heading(where), compared(study, sides)])
             rows.append([*row, "success", seeds, estimate, f"<span class='wrap'>{values}</span>"])

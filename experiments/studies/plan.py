@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import yaml
 
+from .analysis import NOMINAL
+
 FOLDER = Path(__file__).resolve().parent
 BUDGETS = ("steps", "compute")
 MEASURED = ("evaluate", "probe", "modes")  # kinds of jobs whose output is numbers
@@ -107,14 +109,20 @@ def load(name: str | Path) -> Study:
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise ValueError(f"no study {name} ({path}); there are {known}")
     text = path.read_text()
-    content = yaml.safe_load(text)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     optional = {"runs", "margin"}
     keys = {field.name for field in fields(Study)} - {"name", "text"} - optional
     given = content.keys() - optional if isinstance(content, dict) else set()
     if given != keys:
         raise ValueError(f"{path}: missing or unknown keys: {', '.join(sorted(keys ^ given))}")
     study = Study(name=path.stem, text=text, **content)
-    _check(study, path)
+    try:
+        _check(study, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: something is missing, or of another kind than it should be: {error!r}") from error
     return study
 
 
@@ -141,6 +149,8 @@ def _check(study: Study, path: Path) -> None:
     for lengths in (study.pretrain["lengths"], study.finetune["lengths"], study.looks):
         if not lengths or lengths != sorted(set(lengths)):
             raise ValueError(f"{path}: lengths and looks must rise, got {lengths}")
+    if len(study.looks) not in NOMINAL:
+        raise ValueError(f"{path}: {len(study.looks)} looks, at most {max(NOMINAL)} are provided for")
     if study.runs and not (path.parent / f"{study.runs}.yaml").exists():
         raise ValueError(f"{path}: runs names a study beside it; there is no {study.runs}.yaml")
     if study.evaluate["on_the_way"] > study.evaluate["episodes"]:

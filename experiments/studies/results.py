@@ -78,8 +78,15 @@ class Outcomes:
     def starts(self, *arms: list[Point], key: str = KEY) -> list[str]:
         """(E,) where the episodes of `table` begin; of an old record, which does not say, each elsewhere."""
         finished, common = self._common(arms, key)
-        episodes = next((self.read[points[0].evaluation].episodes for points in finished if points), {})
-        return [json.dumps(episodes[seed].get("start", f"seed {seed}"), sort_keys=True) for seed in common]
+        records = [self.read[point.evaluation].episodes for points in finished for point in points]
+        starts = [next((e[seed]["start"] for e in records if "start" in e[seed]), f"seed {seed}") for seed in common]
+        return [json.dumps(start, sort_keys=True) for start in starts]
+
+    def same_seeds(self, *arms: list[Point], key: str = KEY) -> list[list[Point]]:
+        """Of each arm the trainings whose seed is evaluated completely in all of them, in the same order."""
+        finished = [{point.seed: point for point in self.complete(points, key)} for points in arms]
+        common = sorted(set.intersection(*(set(points) for points in finished)))
+        return [[points[seed] for seed in common] for points in finished]
 
     def _common(self, arms: tuple[list[Point], ...], key: str) -> tuple[list[list[Point]], list[int]]:
         """The trainings of each arm whose evaluation is complete, and the episodes that all of them have."""
