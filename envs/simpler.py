@@ -94,6 +94,8 @@ class SimplerEnv(BaseEnv):
         if self.robot_class is WidowX:
             WidowX.place = PLACES["sink" if scenes.has_sink(self.setup) else "table"]
         super()._load_agent(options, sapien.Pose([-10, 0, 0]))
+        if self.robot_class is WidowX:
+            self.agent.place = WidowX.place  # its own from here on: the next scene of the process may have another
         if self.setup.shiny_robot and self.scene.can_render():
             polish(self.agent.body)
 

@@ -34,6 +34,7 @@ import numpy as np
 from rich.progress import track
 
 from envs.tasks import TASKS, get_task
+from selfflow_robot.config import in_one_line
 
 TARGET = 40.0  # control steps per second and core at 160 x 128, with rendering
 UPSTREAM = 11.0  # control steps/s of upstream on 2 cores with its two 640 x 512 cameras (48 without rendering)
@@ -541,6 +542,12 @@ def main():
     parser.add_argument("--data", type=Path, help="a data set, to time the loader too (train)")
     parser.add_argument("--json", action="store_true", help="print one object instead of lines")
     arguments = parser.parse_args()
+    with in_one_line():
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """What was asked for, printed. Raises ValueError for a task or checkpoint that does not exist."""
     if arguments.what in ("train", "policy"):
         import torch
 

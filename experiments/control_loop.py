@@ -160,23 +160,23 @@ class SimulatedRobot:
 
     rate = None
 
-    def __init__(self, task: str, seed: int):
+    def __init__(self, task: str, seed: int, layout):
         from envs import make_env
 
-        self.env = make_env(task)
+        self.env = make_env(task, width=layout.width, height=layout.height)
         self.observation, _ = self.env.reset(seed=seed, options={"reconfigure": True})
-        self.taken, self.over, self.success = time.monotonic(), False, False
+        self.over, self.success = False, False
 
     def observe(self) -> tuple[Observation, float]:
         if self.over:
             raise EndOfRun
-        return self.observation, self.taken
+        return self.observation, time.monotonic()  # between commands its world stands still
 
     def command(self, action: np.ndarray) -> None:
         if self.over:
             return
         self.observation, _, _, self.over, info = self.env.step(action)
-        self.taken, self.success = time.monotonic(), bool(info["success"])
+        self.success = bool(info["success"])
 
     def close(self) -> None:
         print(f"success at the last step: {'yes' if self.success else 'no'}")
@@ -226,7 +226,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=70.0, help="at most (default %(default)g, a whole episode)")
     parser.add_argument("--execute", type=int, default=4, help="actions of a chunk before the next inference starts")
     parser.add_argument("--delay", type=int, help="control steps an inference takes (default: measured)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch: on a CPU more are slower (default 1)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch (default 1, on a CPU the fastest; 0: its choice)"
+    )
     parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (default %(default)s)")
     parser.add_argument("--on_fault", choices=tuple(ON_FAULT), default="hold", help="default %(default)s")
     parser.add_argument("--patience", type=float, default=2.0, help="s of faults before the run is stopped")
@@ -248,14 +250,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from policies.flow_policy import FlowPolicy
 
-    torch.set_num_threads(arguments.threads)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     path = checkpoint.chosen(arguments.checkpoint)
     planner = FlowPolicy.load(path, steps=arguments.sample_steps)
     layout, rate = planner.layout, arguments.rate or planner.layout.fps
     corners = arguments.workspace and (arguments.workspace[:3], arguments.workspace[3:])
     limits = Limits.of(planner.packer, arguments.margin, corners)
     if arguments.robot == "simulator":
-        robot: Robot = SimulatedRobot(arguments.task, arguments.seed)
+        robot: Robot = SimulatedRobot(arguments.task, arguments.seed, layout)
     else:
         robot = ReplayedRobot(arguments.data, arguments.episode)
     refuse_rate(layout.fps, rate, robot.rate)

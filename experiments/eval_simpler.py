@@ -55,6 +55,7 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
         raise ValueError(f"episodes is {cfg.episodes}; it must be at least 1")
     if cfg.simulator not in SIMULATORS:
         raise ValueError(f"unknown simulator {cfg.simulator!r}; known: {', '.join(SIMULATORS)}")
+    refuse_unused(cfg)
     for name in ("shader", "physics"):
         if cfg.simulator == "upstream" and getattr(cfg, name) != "default":
             raise ValueError(f"{name} {getattr(cfg, name)}: upstream has its own, leave --{name} out")
@@ -129,6 +130,20 @@ def typed(argv: list[str]) -> str:
     return shlex.join(["python", *(word.removeprefix(root) for word in argv[1:])])
 
 
+def refuse_unused(cfg: EvalConfig) -> None:
+    """ValueError for a setting that would change nothing about this policy: whoever gave it meant something else."""
+    acting = ("sample_steps", "imagination", "temperature", "samples", "delay", "committed", "cached", "alarm_every")
+    used = {"checkpoint": ("checkpoint", "execute", *acting), "remote": ("server", "execute")}.get(cfg.policy, ())
+    for name in ("checkpoint", "server", "execute", *acting):
+        if name not in used and getattr(cfg, name) != getattr(EvalConfig, name):
+            raise ValueError(f"--{name} changes nothing with --policy {cfg.policy}: leave it out, or choose another")
+    if not cfg.committed and cfg.delay is None:
+        raise ValueError("--committed false changes nothing without --delay: give one, or leave it out")
+    if cfg.simulator == "upstream" and (cfg.policy == "expert" or cfg.protocol == "variant_aggregation"):
+        what = "the expert reads the state of our scenes" if cfg.policy == "expert" else "its variants are not built"
+        raise ValueError(f"not with --simulator upstream: {what}")
+
+
 def identify(cfg: EvalConfig) -> dict:
     """What is measured: policy, checkpoint and the SHA-256 of its tensors, settings of the policy.
 
@@ -155,8 +170,17 @@ def identify(cfg: EvalConfig) -> dict:
         "policy": "checkpoint",
         "checkpoint": str(checkpoint.run_folder(path)),
         "checkpoint_hash": manifest["sha256"],
-        "policy_settings": {name: getattr(cfg, name) for name in ACTING} | changed_settings(cfg),
+        "policy_settings": {name: getattr(cfg, name) for name in ACTING} | changed_settings(cfg) | choosing(cfg, path),
     }
+
+
+def choosing(cfg: EvalConfig, path: str) -> dict:
+    """Which judge chooses among several samples: fitted anew, it is another policy."""
+    if cfg.samples == 1:
+        return {}
+    from policies import judge
+
+    return {"judge": judge.read_manifest(path)["sha256"]}
 
 
 def changed_settings(cfg: EvalConfig) -> dict:
@@ -172,7 +196,7 @@ def checkpoint_policy(cfg: EvalConfig, path: str):
     from policies.chunking import ChunkedPolicy
     from policies.flow_policy import FlowPolicy
     from policies.planning import BestOfN
-    from policies.realtime import RealTimePolicy
+    from policies.realtime import Holding, RealTimePolicy
 
     settings = dict(imagination=cfg.imagination, cached=cfg.cached, temperature=cfg.temperature)
     planner = FlowPolicy.load(path, steps=cfg.sample_steps, **settings)
@@ -185,6 +209,9 @@ def checkpoint_policy(cfg: EvalConfig, path: str):
         policy = RealTimePolicy(
             planner, planner.layout.fps, cfg.execute, delay=cfg.delay, committed=cfg.committed, threaded=False
         )
+        policy = Holding(
+            policy
+        )  # an instruction that changes while a plan is being made leaves nothing to do for a while
     return policy, alarm if cfg.alarm_every else None
 
 
@@ -227,8 +254,6 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
         picture = dict(width=cfg.width, height=cfg.height, shader=cfg.shader, obs_mode=obs_mode)
         env = make_env(cfg.task, **picture, physics=PHYSICS[cfg.physics])
     if cfg.policy == "expert":
-        if cfg.simulator == "upstream":
-            raise ValueError("the expert reads the state of our own scene; use --simulator ours")
 
         def make_policy(seed):
             stream = 2 if cfg.margin else 0  # as in collect_demos.py
@@ -257,7 +282,8 @@ def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int, alarm
     began = datetime.now(timezone.utc)
     first = seed if cfg.protocol == "random" else 0
     start = next(e for e in protocol_episodes(cfg.task, cfg.protocol, first, margin=cfg.margin) if e.number == seed)
-    episode = rollout(env, make_policy(seed), start.seed, options=start.options)
+    policy = make_policy(seed)
+    episode = rollout(env, policy, start.seed, options=start.options)
     variant = {} if start.variant == VISUAL_MATCHING else {"variant": start.variant.name}
     record = {
         "seed": seed,
@@ -272,6 +298,8 @@ def run_episode(env, make_policy, cfg: EvalConfig, folder: str, seed: int, alarm
         "seconds": round((datetime.now(timezone.utc) - began).total_seconds(), 1),
         "video": None,
     }
+    if hasattr(policy, "held"):
+        record["held"] = policy.held
     if alarm is not None:
         record["alarm"] = [[step, round(mm, 3), round(degrees, 3)] for step, mm, degrees in alarm.readings]
     if cfg.video:
@@ -403,7 +431,7 @@ def print_table(results: dict, folder: Path) -> None:
             f"{len(results['episodes'])} episodes from {results['starts']} different starts, colours aside: what the "
             "policy does from one it mostly repeats, so as a sample of starts the intervals are too narrow"
         )
-    if protocol["protocol"] != "random":
+    if protocol["protocol"] != "random" and results["score"]["success_final"] is not None:
         print(f"score, averaged as upstream does: {results['score']['success_final']:.3f}")
     for text in results["standins"]:
         print(f"stand-in: {text}")

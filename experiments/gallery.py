@@ -13,6 +13,7 @@ from rich.progress import track
 
 from envs.protocol import CAMERAS, VARIANTS
 from envs.tasks import TASKS, get_task
+from selfflow_robot.config import in_one_line
 
 WIDTH, BAR, COLUMNS = 240, 22, 5  # px, px for the words below, pictures in a row
 
@@ -46,10 +47,16 @@ def main():
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("gallery.jpg"))
     arguments = parser.parse_args()
+    with in_one_line():
+        show(arguments)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """The sheet that was asked for, written. ValueError for a task that does not exist or has no variants."""
     if arguments.task:
         kind = get_task(arguments.task).kind
         if kind not in VARIANTS:
-            parser.error(f"nothing was published under variant aggregation for {arguments.task}")
+            raise ValueError(f"nothing was published under variant aggregation for {arguments.task}")
         variants = [*VARIANTS[kind], *(CAMERAS if kind in ("pick", "near") else ())]
         wanted = [(arguments.task, variant, variant.name) for variant in variants]
     else:

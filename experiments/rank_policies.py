@@ -36,11 +36,11 @@ RESAMPLES = 2000  # of the starts, for intervals
 FPS = 2  # of imagined videos, two frames per chunk of 8 control steps at 3 Hz: 1.5 times real time
 
 
-def first_frames(task: str, seeds: range) -> tuple[list, dict[int, str]]:
-    """Observations after reset, and the task's later instructions {control step: text}."""
+def first_frames(task: str, seeds: range, layout) -> tuple[list, dict[int, str]]:
+    """Observations after reset, in the size of `layout`, and the task's later instructions {control step: text}."""
     from envs import make_env
 
-    env, starts, later = make_env(task), [], {}
+    env, starts, later = make_env(task, width=layout.width, height=layout.height), [], {}
     for seed in seeds:
         starts.append(env.reset(seed=seed, options={"reconfigure": True})[0])
         instructions = env.unwrapped.setup.instructions
@@ -66,6 +66,7 @@ def imagine_all(arguments, env: WorldModelEnv, planner: FlowPolicy, run: str, st
     path = folder / f"imagined_{Path(run).name}.json"
     identity = {"world": env.policy.manifest["sha256"], "policy": planner.manifest["sha256"]}
     identity |= {"sample_steps": arguments.sample_steps, "limit": env.max_steps}
+    identity |= {"judge": judging.read_manifest(arguments.world)["sha256"]}
     found = json.loads(path.read_text()) if path.exists() else {}
     outcomes = {int(k): v for k, v in found.get("outcomes", {}).items()} if found.get("identity") == identity else {}
     policy = ChunkedPolicy(planner, execute=planner.layout.horizon)
@@ -82,15 +83,17 @@ def imagine_all(arguments, env: WorldModelEnv, planner: FlowPolicy, run: str, st
     return outcomes
 
 
-def simulate(arguments, run: str, horizon: int, episodes: int) -> dict:
+def simulate(arguments, run: str, layout, episodes: int) -> dict:
     """Results of a policy in the simulator; finished episodes of earlier calls are kept."""
     name = f"{arguments.name}/simulated_{Path(run).name}"
     settings = dict(
-        task=arguments.task, checkpoint=run, episodes=episodes, first_seed=arguments.first_seed, execute=horizon,
+        task=arguments.task, checkpoint=run, episodes=episodes, first_seed=arguments.first_seed, execute=layout.horizon,
         sample_steps=arguments.sample_steps, workers=arguments.workers, video="false", name=name,
+        width=layout.width, height=layout.height,
     )  # fmt: skip
     script = Path(__file__).with_name("eval_simpler.py")
-    done = subprocess.run([sys.executable, str(script), *(f"{k}={v}" for k, v in settings.items())], check=False)
+    command = [sys.executable, str(script), *(f"{k}={v}" for k, v in settings.items())]
+    done = subprocess.run(command, stdout=sys.stderr if arguments.json else None, check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:
@@ -122,13 +125,13 @@ def rank(arguments) -> dict:
     task, folder = get_task(arguments.task), Path("runs") / arguments.name
     limit = min(arguments.limit or task.max_steps, task.max_steps)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.starts)
-    starts, later = first_frames(arguments.task, seeds)
     world = FlowPolicy.load(arguments.world, steps=arguments.sample_steps)
+    starts, later = first_frames(arguments.task, seeds, world.layout)
     env = WorldModelEnv(world, judging.load(arguments.world, world), max_steps=limit, instructions=later)
     outcomes = {"simulator": [], "world_model": []}
     for run in arguments.policies:
         planner = FlowPolicy.load(run, steps=arguments.sample_steps)
-        simulated = simulate(arguments, run, planner.layout.horizon, len(seeds))
+        simulated = simulate(arguments, run, planner.layout, len(seeds))
         by_seed = {e["seed"]: {"success": e["success_final"], **e["subgoals"]} for e in simulated["episodes"]}
         outcomes["simulator"].append(by_seed)
         outcomes["world_model"].append(imagine_all(arguments, env, planner, run, starts))

@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from policies.chunking import ChunkedPolicy
-from policies.realtime import DeadlineMissed, RealTimePolicy, ticks
-from policies.safety import fade
+from policies.realtime import DeadlineMissed, Holding, RealTimePolicy, ticks
 from selfflow_robot import checkpoint
 from selfflow_robot.config import in_one_line
 from selfflow_robot.data import Dataset, Episode, open_dataset
@@ -173,31 +172,13 @@ def measure_smoothness(planner, data: Dataset, episodes: list[Episode], execute:
 # ----------------------------------------------------------------------------------------------------------- success
 
 
-class Holding:
-    """A policy that holds still where it would have missed a deadline, so that an episode goes on."""
-
-    def __init__(self, policy: RealTimePolicy):
-        self.policy, self.held = policy, 0
-
-    def reset(self, instruction: str = "") -> None:
-        self.policy.reset(instruction)
-        self.last = np.eye(7, dtype=np.float32)[-1]
-
-    def act(self, observation: Observation) -> np.ndarray:
-        try:
-            self.last = self.policy.act(observation)
-        except DeadlineMissed:
-            self.held += 1
-            return fade(self.last)
-        return self.last
-
-
 def measure_success(planner, task: str, seeds: list[int], execute: int, delay: int) -> dict:
     """Success at the last step of the same episodes, RTC and naive switching at the same delay."""
     from envs import make_env
     from envs.rollout import rollout
 
-    env, outcomes = make_env(task), {"rtc": [], "naive": []}
+    layout = planner.layout
+    env, outcomes = make_env(task, width=layout.width, height=layout.height), {"rtc": [], "naive": []}
     for seed in seeds:
         for mode, done in outcomes.items():
             done.append(rollout(env, Holding(make_policy(planner, mode, execute, delay)), seed).success_final)
@@ -280,7 +261,9 @@ def main():
     parser.add_argument("--execute", type=int, default=4, help="actions before the next inference (default 4)")
     parser.add_argument("--delay", type=int, default=2, help="smoothness, success: control steps an inference takes "
                         "(default 2); jitter measures its own")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1, help="of torch: on a CPU more are slower (default 1)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch (default 1, on a CPU the fastest; 0: its choice)"
+    )
     parser.add_argument("--sample_steps", type=int, default=4, help="of the flow sampler (default %(default)s)")
     parser.add_argument("--task", default="open_and_place", help="success: SIMPLER's (default %(default)s)")
     parser.add_argument("--first_seed", type=int, default=10000, help="success: seeds from here on")
@@ -296,7 +279,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
     from policies.flow_policy import FlowPolicy
 
-    torch.set_num_threads(arguments.threads)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     path = checkpoint.chosen(arguments.checkpoint)
     planner = FlowPolicy.load(path, steps=arguments.sample_steps)
     execute, delay = arguments.execute, arguments.delay
@@ -306,6 +290,8 @@ def run(arguments: argparse.Namespace) -> dict:
     if {"jitter", "smoothness"} & set(arguments.measure):
         data = open_dataset(arguments.data)
         episodes = list(data.split(arguments.split))[: arguments.episodes]
+        if not episodes:
+            raise ValueError(f"{arguments.data} has no episode for --split {arguments.split}: take --split all")
     if "jitter" in arguments.measure:
         observations = recorded(data, episodes[0])
         instruction = observations[0]["instruction"]  # one: a change of instruction is meant to interrupt

@@ -25,6 +25,7 @@ from envs.google_robot import FINGER_CLOSED, FINGERS
 from envs.scenes import body_of
 from envs.simpler import ROBOTS, SimplerEnv
 from envs.tasks import BY_NAME, Setup, Task, get_task
+from selfflow_robot.config import in_one_line
 
 CONTACT_IMPULSE = 1e-6  # N s in one physics step
 FINGERS_MEET = 2 * FINGER_CLOSED - 0.02  # rad, sum of both
@@ -335,4 +336,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

@@ -41,7 +41,8 @@ def serve(cfg: ServeConfig) -> None:
         idle=cfg.idle_timeout,
     )
     tls = tls_context(cfg.cert, cfg.key) if cfg.cert else None
-    torch.set_num_threads(cfg.threads)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     path = checkpoint.chosen(cfg.checkpoint)
     settings = dict(imagination=cfg.imagination, temperature=cfg.temperature, compiled=cfg.compile)
     policy = FlowPolicy.load(path, steps=cfg.sample_steps, **settings)
@@ -52,8 +53,9 @@ def serve(cfg: ServeConfig) -> None:
         print(f"warning: {warning}", flush=True)
     try:
         asyncio.run(server.run(lambda: announce(server, path), signals=(signal.SIGINT, signal.SIGTERM)))
-    except OSError as error:
-        raise ValueError(f"{cfg.host} port {cfg.port}: {error.strerror}. Choose another --port or --host") from error
+    except (OSError, OverflowError) as error:  # a port that cannot be had, or is none
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{cfg.host} port {cfg.port}: {reason}. Choose another --port or --host") from error
     print("stopped")
 
 

@@ -105,7 +105,10 @@ def watch(
 ) -> Seen:
     """`count` evenly spread frames of a split, a horizon after their window's present; imagined: as the world model
     expects them to look, given the actions that were done."""
-    layout, jump = policy.layout, policy.layout.future[-1]
+    layout = policy.layout
+    if not layout.future:
+        raise ValueError("a judge reads imagined frames, and this checkpoint predicts none (--future was empty)")
+    jump = layout.future[-1]
     source = windows(dataset, layout.past, layout.future, layout.horizon, split)
     inside = np.flatnonzero(source.now + jump <= source.last)
     if not inside.size:
@@ -194,17 +197,30 @@ def save(judge: Judge, folder: Path, about: dict) -> Path:
     return folder / "judge.json"
 
 
+def read_manifest(run: str | Path) -> dict:
+    """What a run's judge.json says. Raises ValueError with the command that makes one, where there is none."""
+    folder = checkpoint.run_folder(run)
+    try:
+        manifest = json.loads((folder / "judge.json").read_text())
+        version, _ = manifest["format"], manifest["sha256"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no judge. {_remedy(run)}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/judge.json is damaged ({error!r}). {_remedy(run)}") from error
+    if version != FORMAT:
+        raise ValueError(f"{folder}/judge.json has format {version}, this version reads {FORMAT}. {_remedy(run)}")
+    return manifest
+
+
+def _remedy(run: str | Path) -> str:
+    return f"Make it: python experiments/judge.py --checkpoint {run}"
+
+
 def load(run: str | Path, policy: FlowPolicy) -> Judge:
     """The judge of a run. Raises ValueError with the command that makes one, where there is none or it judges another
     checkpoint."""
-    folder = checkpoint.run_folder(run)
-    remedy = f"Make it: python experiments/judge.py --checkpoint {run}"
+    folder, manifest, remedy = checkpoint.run_folder(run), read_manifest(run), _remedy(run)
     try:
-        manifest = json.loads((folder / "judge.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(
-                f"{folder}/judge.json has format {manifest['format']}, this version reads {FORMAT}. {remedy}"
-            )
         if manifest["checkpoint_hash"] != policy.manifest.get("sha256"):
             raise ValueError(f"{folder}/judge.json was made for another state of this run. {remedy}")
         if checkpoint.sha256(folder / "judge.safetensors") != manifest["sha256"]:
@@ -212,7 +228,7 @@ def load(run: str | Path, policy: FlowPolicy) -> Judge:
         tensors, threshold = load_file(folder / "judge.safetensors"), float(manifest["threshold"])
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no judge. {remedy}") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/judge.json is damaged ({error!r}). {remedy}") from error
     parts = {
         f.name: Regression(*(tensors[f"{f.name}.{part.name}"] for part in fields(Regression)))

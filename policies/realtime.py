@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from policies.safety import fade
 from selfflow_robot.interfaces import ACTION_DIM, Observation
 
 LATENCIES = 30  # inferences whose longest is the expected delay
@@ -266,6 +267,26 @@ class RealTimePolicy:
             with self.condition:
                 job.done = True
                 self.condition.notify_all()
+
+
+class Holding:
+    """A policy that holds still where it would have missed a deadline, so that an episode goes on. `held`: how many
+    control steps of this episode."""
+
+    def __init__(self, policy: RealTimePolicy):
+        self.policy = policy
+
+    def reset(self, instruction: str = "") -> None:
+        self.policy.reset(instruction)
+        self.held, self.last = 0, np.eye(ACTION_DIM, dtype=np.float32)[-1]
+
+    def act(self, observation: Observation) -> np.ndarray:
+        try:
+            self.last = self.policy.act(observation)
+        except DeadlineMissed:
+            self.held += 1
+            return fade(self.last)
+        return self.last
 
 
 def ticks(

@@ -180,6 +180,9 @@ class RemotePlanner:
                     what = f"{found.get('checkpoint')} {str(found.get('checkpoint_hash'))[:16]}"
                     raise ServerError(f"{self.address} serves something else by now: {what}") from error
                 continue
+            except BaseException:  # interrupted: as above
+                self.close()
+                raise
             if isinstance(answer, bytes):
                 answer = self._read(answer)
                 if not isinstance(answer, dict):

@@ -40,7 +40,7 @@ class WorldModelEnv(gym.Env):
         render_mode: str | None = "rgb_array",
     ):
         layout = policy.layout
-        if tuple(layout.past) != (0,) or layout.future[-1] != layout.horizon:
+        if tuple(layout.past) != (0,) or tuple(layout.future[-1:]) != (layout.horizon,):
             raise ValueError(
                 "a world model to step through must see one frame and predict the one its actions lead to; this "
                 f"checkpoint has past {list(layout.past)}, future {list(layout.future)}, horizon {layout.horizon}"

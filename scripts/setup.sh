@@ -74,7 +74,8 @@ PYTHON
 create_venv() {
     local python version
     if ! python=$(find_python); then
-        as_root "$(echo 'apt-get update -qq || true'; install_lines python3 python3-venv)"
+        # A distribution with a newer Python, as Debian 13, has none of these to install.
+        command -v python3 >/dev/null || as_root "$(echo 'apt-get update -qq || true'; install_lines python3 python3-venv)"
         python=$(find_python) || fail "no Python 3.10, 3.11 or 3.12 found; put one on PATH, for example with uv:
     uv python install 3.11 && export PATH=\"\$(dirname \"\$(uv python find 3.11)\"):\$PATH\""
     fi

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import control_loop
-from experiments.control_loop import EndOfRun, Log, ReplayedRobot, control
+from experiments.control_loop import EndOfRun, Log, ReplayedRobot, SimulatedRobot, control
 from policies.flow_policy import Plan
 from policies.realtime import DeadlineMissed, RealTimePolicy
 from policies.safety import Guard, Limits
@@ -251,6 +252,16 @@ def test_a_robot_of_another_rate_does_not_start(data, checkpoint_folder, monkeyp
     )  # fmt: skip
     with pytest.raises(ValueError, match="would move 5 times as fast"):
         control_loop.run(arguments)
+
+
+@pytest.mark.sim
+def test_a_simulator_stands_still_until_it_is_commanded():
+    """However long whoever drives it takes to begin, and in the size that the checkpoint sees."""
+    robot = SimulatedRobot("close_top_drawer", 10000, SimpleNamespace(width=64, height=48))
+    began = time.monotonic()
+    observation, taken = robot.observe()
+    assert taken >= began and observation["images"]["overhead"].shape == (48, 64, 3)
+    robot.close()
 
 
 def test_a_planner_that_hangs_stops_the_run(run):

@@ -15,6 +15,7 @@ from envs import make_env, make_vector_env
 from envs.protocol import CAMERAS
 from envs.rollout import rollout
 from envs.tasks import TASKS, Variant, get_task
+from envs.widowx import PLACES
 
 HERE = Path(__file__).parent
 VECTORS = json.loads((HERE / "simpler_vectors.json").read_text())  # made by upstream, as are the resets
@@ -295,6 +296,8 @@ def test_a_vector_of_environments_is_as_many_single_ones():
             np.testing.assert_array_equal(many[0]["proprio"][i], one[0]["proprio"])
             assert many[-1]["success"][i] == one[-1]["success"] and many[-1]["seed"][i] == one[-1]["seed"]
             assert [float(value[i]) for value in many[1:-1]] == [float(value) for value in one[1:-1]]
+    make_env("eggplant_in_basket", obs_mode="none").close()  # whose robot stands lower: that of no other scene does
+    assert env.unwrapped.agent.base_height == PLACES["table"].base_height != PLACES["sink"].base_height
     fresh, last = env.reset(seed=5)[0], seen[-1][0]
     for i, expected in ((0, fresh["proprio"]), (1, last["proprio"][1])):  # the second one goes on
         np.testing.assert_array_equal(again["proprio"][i], expected)

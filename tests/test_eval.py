@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,16 +21,18 @@ from experiments.eval_simpler import (
     checkpoint_policy,
     count_starts,
     evaluate,
+    identify,
     run_episode,
     start_evaluating,
     typed,
 )
+from policies import judge
 from policies.chunking import ChunkedPolicy
 from policies.realtime import RealTimePolicy
 from selfflow_robot import checkpoint
 from selfflow_robot.config import EvalConfig
 from selfflow_robot.metrics import wilson_interval
-from tests.synthetic import save_run
+from tests.synthetic import LAYOUT, save_run
 
 FATAL = 13  # a seed whose first attempt kills its worker
 
@@ -141,6 +144,18 @@ def test_what_cannot_be_evaluated_says_why(folder, inline, monkeypatch):
         evaluate(config(task="fridge"), start)
     with pytest.raises(ValueError, match="unknown policy 'random'; known: checkpoint, expert, hold"):
         evaluate(config(policy="random"), start)
+    for unused in (
+        {"policy": "hold", "checkpoint": "x"},
+        {"policy": "expert", "execute": 4},
+        {"policy": "checkpoint", "server": "gpu:8000"},
+        {"policy": "remote", "server": "gpu:8000", "delay": 2},
+        {"policy": "checkpoint", "committed": False},
+    ):
+        with pytest.raises(ValueError, match=f"--{list(unused)[-1]} .*changes nothing"):
+            evaluate(EvalConfig(**unused))
+    for wrong in ({"policy": "expert"}, {"policy": "hold", "protocol": "variant_aggregation"}):
+        with pytest.raises(ValueError, match="not with --simulator upstream"):
+            evaluate(EvalConfig(simulator="upstream", **wrong))
     for name, value in (("shader", "rt"), ("physics", "tgs")):
         with pytest.raises(ValueError, match=f"{name} {value}: upstream has its own, leave --{name} out"):
             evaluate(EvalConfig(simulator="upstream", **{name: value}, policy="hold"))
@@ -219,14 +234,39 @@ def test_settings_make_the_policy(tmp_path):
     assert isinstance(plain, ChunkedPolicy) and alarm is None and changed_settings(EvalConfig()) == {}
     changed = dict(delay=1, committed=False, imagination=0.5, cached=False, alarm_every=4)
     cfg = EvalConfig(execute=2, sample_steps=3, temperature=0.5, **changed)
-    realtime, alarm = checkpoint_policy(cfg, run)
-    planner = alarm.planner
+    holding, alarm = checkpoint_policy(cfg, run)
+    realtime, planner = holding.policy, alarm.planner
     assert isinstance(realtime, RealTimePolicy) and realtime.planner is alarm and alarm.every == 4
     assert (realtime.delay, realtime.committed, realtime.threaded) == (1, False, False)
     assert (planner.steps, planner.temperature, planner.imagination, planner.cached) == (3, 0.5, 0.5, False)
     assert changed_settings(cfg) == changed
     with pytest.raises(ValueError, match=r"no judge. Make it"):
         checkpoint_policy(EvalConfig(samples=2), run)
+
+
+def test_a_policy_with_a_delay_outlives_a_change_of_instruction(tmp_path, folder):
+    """Its running chunk is cut there while the next is still being made: the robot holds still, and the record says
+    for how long."""
+    run = str(save_run(tmp_path, replace(LAYOUT, horizon=8)))
+    env = LineEnv(width=48, height=32)
+    env.task = get_task("open_and_place")
+    held = []
+    for execute, delay in ((2, 1), (1, 3), (2, 2), (2, 3), (2, 4), (4, 4)):
+        cfg = EvalConfig(execute=execute, sample_steps=1, delay=delay, video=False)
+        policy, _ = checkpoint_policy(cfg, run)
+        record = run_episode(env, lambda seed, policy=policy: policy, cfg, "runs/held", 10000)
+        assert record["steps"] == LIMIT
+        held.append(record["held"])
+        policy.policy.close()
+    assert held[0] == 0 and max(held) > 0
+
+
+def test_another_judge_is_another_policy(tmp_path, folder):
+    run = save_run(tmp_path)
+    for digest in ("a" * 64, "b" * 64):
+        (Path(run) / "judge.json").write_text(json.dumps({"format": judge.FORMAT, "sha256": digest}))
+        assert identify(EvalConfig(samples=4, checkpoint=str(run)))["policy_settings"]["judge"] == digest
+    assert "judge" not in identify(EvalConfig(checkpoint=str(run)))["policy_settings"]
 
 
 def test_the_alarm_reads_every_few_steps_and_changes_nothing(tmp_path):

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.realtime import Holding, bootstrap, commanded, drive, jitter, jumps, make_policy, measure_smoothness
+from experiments.realtime import bootstrap, commanded, drive, jitter, jumps, make_policy, measure_smoothness
 from policies.chunking import ChunkedPolicy
 from policies.flow_policy import FlowPolicy, Plan
-from policies.realtime import DeadlineMissed, RealTimePolicy, ticks
+from policies.realtime import DeadlineMissed, Holding, RealTimePolicy, ticks
 from selfflow_robot.data import open_dataset
 from tests.synthetic import LAYOUT, make_batch, make_model, make_packer, write_dataset
 
@@ -448,3 +448,5 @@ def test_holds_in_an_episode_where_it_would_have_missed_a_deadline(planner):
         policy.act(observation(number))
     last = [policy.act(observation(number, "close")) for number in range(5, 10)]
     assert policy.held == 2 and np.array_equal(last[3], [0, 0, 0, 0, 0, 0, 1])
+    policy.reset()
+    assert policy.held == 0  # of an episode

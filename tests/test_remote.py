@@ -148,6 +148,22 @@ def test_no_answer_in_time():
         assert np.array_equal(planner.plan([observation(1)] * 3, (0, 0)).actions, wanted)
 
 
+def test_an_interrupted_request_takes_its_answer_with_it():
+    """Ctrl-C while a plan is awaited: the next request gets its own answer, not the one that came too late."""
+    policy = Digest()
+    with serving(policy) as server, RemotePlanner(server.address) as planner:
+        planner.plan([observation()] * 3, (0, 0))
+        receive = planner.connection.recv
+        planner.connection.recv = lambda timeout: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            planner.plan([observation(1)] * 3, (0, 0))
+        if planner.connection is not None:  # left open, it would answer the question before
+            planner.connection.recv = receive
+        for number in (2, 3):
+            wanted = policy.plan([observation(number)] * 3, (0, 0)).actions
+            assert np.array_equal(planner.plan([observation(number)] * 3, (0, 0)).actions, wanted)
+
+
 def test_no_server():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -88,6 +88,17 @@ def test_an_unsupported_python_is_passed_over(tmp_path):
     assert call("find_python", commands, tmp_path).returncode == 1
 
 
+def test_a_newer_python_alone_is_told_of_uv_and_not_of_root(tmp_path, commands):
+    """As on Debian 13: its packages hold no older one, so there is nothing to ask an administrator for."""
+    for name in ("python3.12", "python3.11", "python3.10", "python3", "python"):
+        stand_in(commands / name, "exit 1")
+    stand_in(commands / "id", "echo 1000")
+    stand_in(commands / "sudo", "exit 1")
+    done = call("create_venv", commands, tmp_path)
+    assert done.returncode == 1 and "uv python install 3.11" in done.stderr + done.stdout
+    assert "administrator" not in done.stderr + done.stdout
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_torch_is_the_cpu_build_without_a_gpu(tmp_path, commands, gpu):
     """The machine's registries lack the CPU build here, as PyPI does: PyTorch's own index is asked for it."""
