@@ -209,9 +209,8 @@ def checkpoint_policy(cfg: EvalConfig, path: str):
         policy = RealTimePolicy(
             planner, planner.layout.fps, cfg.execute, delay=cfg.delay, committed=cfg.committed, threaded=False
         )
-        policy = Holding(
-            policy
-        )  # an instruction that changes while a plan is being made leaves nothing to do for a while
+        # While a plan is made for an instruction that has just changed, nothing may be left to do.
+        policy = Holding(policy)
     return policy, alarm if cfg.alarm_every else None
 
 
