@@ -79,6 +79,12 @@ def rollout(env: Env, policy: Policy, seed: int, linger: int | None = None, opti
     )
 
 
+def expert_rng(seed: int, margin: float = 0.0) -> np.random.Generator:
+    """Of an expert's ways in the episode of `seed`. With a margin `Task.draw` places the robot by stream 0, and the
+    ways must not hang on the place."""
+    return np.random.default_rng([seed, 2 if margin else 0])
+
+
 class Demonstrator:
     """The expert as a policy: it labels every state, whoever drives.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from envs.protocol import check_margin
-from envs.rollout import HOLD_STEPS, Demonstrator, rollout
+from envs.rollout import HOLD_STEPS, Demonstrator, expert_rng, rollout
 from envs.tasks import get_tasks
 from envs.workers import Workers, progress, write_json
 from selfflow_robot.config import CollectConfig, EvalConfig, run
@@ -104,8 +104,7 @@ def start_collecting(cfg: CollectConfig, root: str, keep_failures: bool):
 
 def record(env, make_expert, driver, cfg: CollectConfig, root: str, keep_failures: bool, seed: int) -> dict:
     """Run one seed and commit it to the data set. make_expert(env, rng, variation) gives an episode's expert."""
-    stream = 2 if cfg.margin else 0  # `Task.draw` places the robot by stream 0: ways must not hang on the place
-    expert = make_expert(env, np.random.default_rng([seed, stream]), cfg.variation)
+    expert = make_expert(env, expert_rng(seed, cfg.margin), cfg.variation)
     rng = np.random.default_rng([seed, 1])
     demonstrator = Demonstrator(expert, rng, cfg.disturbance, driver, cfg.policy_fraction, hold=HOLD_STEPS)
     place = env.unwrapped.task.beyond(seed, cfg.margin)

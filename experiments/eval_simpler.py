@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.protocol import PHYSICS, PUBLISHED, average, make_protocol, protocol_episodes, protocol_hash
-from envs.rollout import Demonstrator, Episode, HoldStill, rollout
+from envs.rollout import Demonstrator, Episode, HoldStill, expert_rng, rollout
 from envs.tasks import VISUAL_MATCHING, get_task
 from envs.workers import Workers, progress, write_json
 from selfflow_robot import checkpoint
@@ -56,9 +56,6 @@ def evaluate(cfg: EvalConfig, start=None) -> dict:
     if cfg.simulator not in SIMULATORS:
         raise ValueError(f"unknown simulator {cfg.simulator!r}; known: {', '.join(SIMULATORS)}")
     refuse_unused(cfg)
-    for name in ("shader", "physics"):
-        if cfg.simulator == "upstream" and getattr(cfg, name) != "default":
-            raise ValueError(f"{name} {getattr(cfg, name)}: upstream has its own, leave --{name} out")
     identity = identify(cfg)
     subject = Path(identity["checkpoint"]).name if identity["checkpoint"] else cfg.policy
     usual = {"protocol": "random", "simulator": "ours", "physics": "default"}
@@ -131,7 +128,8 @@ def typed(argv: list[str]) -> str:
 
 
 def refuse_unused(cfg: EvalConfig) -> None:
-    """ValueError for a setting that would change nothing about this policy: whoever gave it meant something else."""
+    """ValueError for a setting that would change nothing about this policy, or in this simulator: whoever gave it meant
+    something else."""
     acting = ("sample_steps", "imagination", "temperature", "samples", "delay", "committed", "cached", "alarm_every")
     used = {"checkpoint": ("checkpoint", "execute", *acting), "remote": ("server", "execute")}.get(cfg.policy, ())
     for name in ("checkpoint", "server", "execute", *acting):
@@ -142,6 +140,9 @@ def refuse_unused(cfg: EvalConfig) -> None:
     if cfg.simulator == "upstream" and (cfg.policy == "expert" or cfg.protocol == "variant_aggregation"):
         what = "the expert reads the state of our scenes" if cfg.policy == "expert" else "its variants are not built"
         raise ValueError(f"not with --simulator upstream: {what}")
+    for name in ("shader", "physics"):
+        if cfg.simulator == "upstream" and getattr(cfg, name) != "default":
+            raise ValueError(f"{name} {getattr(cfg, name)}: upstream has its own, leave --{name} out")
 
 
 def identify(cfg: EvalConfig) -> dict:
@@ -255,8 +256,7 @@ def start_evaluating(cfg: EvalConfig, identity: dict, folder: str):
     if cfg.policy == "expert":
 
         def make_policy(seed):
-            stream = 2 if cfg.margin else 0  # as in collect_demos.py
-            expert = make_expert(env, rng=np.random.default_rng([seed, stream]))
+            expert = make_expert(env, rng=expert_rng(seed, cfg.margin))
             return Demonstrator(expert, np.random.default_rng([seed, 1]))
 
         return partial(run_episode, env, make_policy, cfg, folder)

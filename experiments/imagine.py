@@ -167,7 +167,7 @@ def live_episode(task: str, seed: int, driver: str, layout) -> Dataset:
     """An episode of the simulator, driven by expert, hold (no motion) or a fine-tuned run, as a data set of one."""
     from envs import make_env
     from envs.expert import make_expert
-    from envs.rollout import Demonstrator, HoldStill, rollout
+    from envs.rollout import Demonstrator, HoldStill, expert_rng, rollout
 
     if driver not in ("expert", "hold"):
         from policies import load_policy
@@ -176,7 +176,7 @@ def live_episode(task: str, seed: int, driver: str, layout) -> Dataset:
     env = make_env(task, width=layout.width, height=layout.height)
     try:
         if driver == "expert":
-            expert = make_expert(env, rng=np.random.default_rng([seed, 0]))
+            expert = make_expert(env, rng=expert_rng(seed))
             policy = Demonstrator(expert, np.random.default_rng([seed, 1]))
         elif driver == "hold":
             policy = HoldStill()

@@ -395,15 +395,15 @@ def stoppable(processes: Processes) -> Iterator[Callable[[], bool]]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     if processes.count > 1 or threading.current_thread() is not threading.main_thread():
         numbers = ()
-    before = {number: signal.getsignal(number) for number in numbers}
-    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup's is not
+    found = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number in numbers if found[number] is not signal.SIG_IGN]  # of a shell's background job it is
     try:
         for number in heeded:
             signal.signal(number, note)
         yield lambda: bool(came)
     finally:
-        for number, handler in heeded.items():
-            signal.signal(number, handler)
+        for number in heeded:
+            signal.signal(number, found[number])
 
 
 def is_due(step: int, every: int) -> bool:
