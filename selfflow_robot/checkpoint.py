@@ -27,6 +27,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from selfflow_robot.codec import Codec, CodecConfig
+from selfflow_robot.grow import grow
 from selfflow_robot.model import Model, ModelConfig
 from selfflow_robot.processes import scatter
 from selfflow_robot.tokens import ACTION_CONTRACT, Layout, Packer
@@ -299,13 +300,20 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def export(
-    path: str | Path, folder: str | Path, weights: str = "ema", results: Sequence[dict] = (), dtype: str | None = None
+    path: str | Path,
+    folder: str | Path,
+    weights: str = "ema",
+    results: Sequence[dict] = (),
+    dtype: str | None = None,
+    start: str | Path | None = None,
+    share: float = 1.0,
 ) -> Path:
     """A run (name or folder) as a folder in Hugging Face's layout, with the evaluation weights or, "model", the ones in
     training; without the optimiser. `load_model` and `policies.load_policy` take it like a run. results: contents of
     `results.json` of evaluations, of the run or of its export, for the card, beside those that an export has already.
     dtype: of the network's matrices, "float32", "bfloat16" or None, as they are; vectors and the packer stay float32.
     What computes under `precision` in bf16 casts matrices to it anyway, so there bfloat16 changes no output.
+    start, share: see `between`.
 
     Raises CheckpointError when the run cannot be read or the folder not written, or results are another checkpoint's.
     """
@@ -322,6 +330,9 @@ def export(
     }
     if not kept:
         raise CheckpointError(f"{found} has no weights {weights!r}: choose ema or model")
+    if start is not None or share != 1:
+        kept = between(kept, manifest, start, share, found)
+        manifest = manifest | {"share": share}
     if dtype:
         kept = {name: t.to(DTYPES[dtype]) if t.ndim > 1 else t for name, t in kept.items()}
     kept |= {name: t for name, t in tensors.items() if name.startswith("packer.")}
@@ -341,6 +352,28 @@ def export(
     write_atomic(folder / "README.md", card(manifest).encode())
     write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
     return folder
+
+
+def between(
+    tuned: dict[str, Tensor], manifest: dict, start: str | Path | None, share: float, where: str | Path
+) -> dict[str, Tensor]:
+    """Weights `share` of the way from those that a fine-tuning began with to its own, `tuned` (WiSE-FT,
+    arXiv:2109.01903): much of what is new stays learned there, and less of what was known before is lost.
+
+    start: the run or folder that it began from (`finetune.py --pretrained`); one that was made larger is so again.
+    Raises CheckpointError unless it is that one, and where the weights are between the two already.
+    """
+    if start is None or not 0 <= share < 1:
+        raise CheckpointError(f"share {share:g}: from 0 and below 1, and with what fine-tuning began from")
+    if "share" in manifest:
+        raise CheckpointError(f"{where} has a share of {manifest['share']:g} already: export the run itself")
+    model, _, began = load_model(start)
+    if began["sha256"] != manifest.get("identity", {}).get("pretrained"):
+        raise CheckpointError(f"{where} was not fine-tuned from {start} as it is now: share needs what it began with")
+    if manifest["config"].get("grow"):
+        model = grow(model, ModelConfig(**manifest["model"]), manifest["config"]["seed"])
+    begun = collect("model", model)
+    return {name: torch.lerp(begun[name], t.float(), share).to(t.dtype) for name, t in tuned.items()}
 
 
 def _measured(result: dict, folder: Path) -> dict:
@@ -366,6 +399,8 @@ def card(manifest: dict) -> str:
     what = {"finetune": "policy and world model", "codec": "video codec"}.get(kind, "video backbone")
     rows = [("steps of training", manifest.get("step")), ("method", manifest.get("method"))]
     rows += [("weights", "EMA" if manifest.get("weights", "ema") == "ema" else "in training")]
+    if "share" in manifest:
+        rows += [("share of them, the rest as fine-tuning began", f"{manifest['share']:g}")]
     rows += [(f"{part}: {name}", value) for part in ("model", "codec", "layout") for name, value in about[part].items()]
     rows += [("data", about["config"].get("data")), ("data hash", manifest.get("identity", {}).get("data_hash"))]
     modes = {name: share for name, share in about["config"].get("modes", {}).items() if share}

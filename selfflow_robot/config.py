@@ -222,6 +222,8 @@ class ExportConfig:
     out: str | None = key(None, "folder to write; default exported/<run>")
     weights: str = key("ema", "ema (averaged, for evaluation) or model (the ones in training)")
     dtype: str | None = key(None, "of matrices: float32, or bfloat16 for half the size; default as they are")
+    pretrained: str | None = key(None, "with --share: run or folder that its fine-tuning began from")
+    share: float = key(1.0, "of the way from the weights that its fine-tuning began with to its own")
     results: list[str] = key([], "evaluations of it (folders of eval_simpler.py), to join those in its card")
 
 

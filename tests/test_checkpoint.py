@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from policies import load_policy
 from selfflow_robot import checkpoint
 from selfflow_robot.checkpoint import CheckpointError
-from tests.synthetic import make_batch, make_model, make_packer
+from selfflow_robot.grow import grow
+from tests.synthetic import SMALL, make_batch, make_model, make_packer
 
 
 def save(folder, step, value=None, **manifest):
@@ -150,11 +152,11 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     assert names == {"README.md"} | {f"step_{n:08d}.{kind}" for n in (1, 3) for kind in ("json", "safetensors")}
 
 
-def trained(folder, **manifest):
+def trained(folder, network=SMALL, seed=0, **manifest):
     """A checkpoint of random weights; (model, averaged weights, packer)."""
     packer = make_packer()
     packer.codec.fit([make_batch()["video"]])
-    model, averaged = make_model(packer), make_model(packer, seed=1)
+    model, averaged = make_model(packer, network, seed), make_model(packer, network, seed + 1)
     tensors = checkpoint.collect("model", model) | checkpoint.collect("ema", averaged)
     tensors |= checkpoint.collect("packer", packer) | {"optimizer.exp_avg.x": torch.zeros(3)}
     about = {"kind": "finetune", "method": "self_flow", "config": {"data": "data/x"}, "identity": {"data_hash": "abc"}}
@@ -209,6 +211,40 @@ def test_a_bfloat16_export_is_half_as_large_and_computes_the_same_in_bf16(tmp_pa
     assert (again / "README.md").read_text() == (half / "README.md").read_text()
     with pytest.raises(CheckpointError, match="dtype 'float16': choose float32 or bfloat16"):
         checkpoint.export(half, tmp_path / "x", dtype="float16")
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_a_share_of_the_way_from_where_fine_tuning_began(tmp_path, growing):
+    _, began, _ = trained(tmp_path / "first" / "checkpoint")
+    network = replace(SMALL, depth=5, width=64, heads=4) if growing else SMALL
+    about = {
+        "config": {"data": "data/x", "grow": growing, "seed": 3},
+        "identity": {"pretrained": checkpoint.load_model(tmp_path / "first")[2]["sha256"]},
+    }
+    _, tuned, _ = trained(tmp_path / "second" / "checkpoint", network, seed=5, **about)
+    began = grow(began, network, seed=3) if growing else began
+    folder = checkpoint.export(tmp_path / "second", tmp_path / "out", start=tmp_path / "first", share=0.25)
+    model, _, manifest = checkpoint.load_model(folder)
+    for mixed, old, new in zip(*(network.state_dict().values() for network in (model, began, tuned)), strict=True):
+        torch.testing.assert_close(mixed, 0.75 * old + 0.25 * new)
+    assert manifest["share"] == 0.25
+    assert "| share of them, the rest as fine-tuning began | 0.25 |" in (folder / "README.md").read_text()
+    half = checkpoint.export(tmp_path / "second", tmp_path / "half", "ema", (), "bfloat16", tmp_path / "first", 0.0)
+    assert torch.equal(
+        load_file(half / "model.safetensors")["model.blocks.0.qkv.weight"], began.blocks[0].qkv.weight.bfloat16()
+    )
+
+    for start, share, why in (
+        (None, 0.5, "with what fine-tuning began from"),
+        (tmp_path / "first", 1.0, "from 0 and below 1"),
+        (tmp_path / "first", 1.5, "from 0 and below 1"),
+        (tmp_path / "second", 0.5, "was not fine-tuned from"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            checkpoint.export(tmp_path / "second", tmp_path / "x", start=start, share=share)
+    with pytest.raises(CheckpointError, match=r"has a share of 0\.25 already"):
+        checkpoint.export(folder, tmp_path / "x", start=tmp_path / "first", share=0.5)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
