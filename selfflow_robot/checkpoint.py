@@ -332,7 +332,7 @@ def export(
         raise CheckpointError(f"{found} has no weights {weights!r}: choose ema or model")
     if start is not None or share != 1:
         kept = between(kept, manifest, start, share, found)
-        manifest = manifest | {"share": share}
+        manifest = manifest | {"share": share, "sha256": None, "results": []}  # nothing measured these weights yet
     if dtype:
         kept = {name: t.to(DTYPES[dtype]) if t.ndim > 1 else t for name, t in kept.items()}
     kept |= {name: t for name, t in tensors.items() if name.startswith("packer.")}
