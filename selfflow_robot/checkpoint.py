@@ -330,14 +330,16 @@ def export(
     }
     if not kept:
         raise CheckpointError(f"{found} has no weights {weights!r}: choose ema or model")
+    hashes = {manifest["sha256"]}  # of the checkpoints whose results are those of these weights
     if start is not None or share != 1:
         kept = between(kept, manifest, start, share, found)
-        manifest = manifest | {"share": share, "sha256": None, "results": []}  # nothing measured these weights yet
+        hashes, manifest = set(), manifest | {"share": share, "results": []}
     if dtype:
         kept = {name: t.to(DTYPES[dtype]) if t.ndim > 1 else t for name, t in kept.items()}
     kept |= {name: t for name, t in tensors.items() if name.startswith("packer.")}
     kept = {name: tensor.contiguous() for name, tensor in kept.items()}
-    hashes = {manifest["sha256"], *([hashlib.sha256(to_bytes(kept)).hexdigest()] if results else [])}
+    if results:
+        hashes.add(hashlib.sha256(to_bytes(kept)).hexdigest())
     for result in results:  # before anything there is replaced
         if result.get("checkpoint_hash") not in hashes:
             what = result.get("task", "something else than a task")

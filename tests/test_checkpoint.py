@@ -244,9 +244,10 @@ def test_a_share_of_the_way_from_where_fine_tuning_began(tmp_path, growing):
             checkpoint.export(tmp_path / "second", tmp_path / "x", start=start, share=share)
     with pytest.raises(CheckpointError, match=r"has a share of 0\.25 already"):
         checkpoint.export(folder, tmp_path / "x", start=tmp_path / "first", share=0.5)
-    result = {"task": "open_and_place", "checkpoint_hash": checkpoint.load_model(tmp_path / "second")[2]["sha256"]}
-    with pytest.raises(CheckpointError, match="results of open_and_place are those of another checkpoint"):
-        checkpoint.export(tmp_path / "second", tmp_path / "x", "ema", [result], None, tmp_path / "first", 0.5)
+    for measured in (checkpoint.load_model(tmp_path / "second")[2]["sha256"], None):
+        result = {"task": "open_and_place", "checkpoint_hash": measured}
+        with pytest.raises(CheckpointError, match="results of open_and_place are those of another checkpoint"):
+            checkpoint.export(tmp_path / "second", tmp_path / "x", "ema", [result], None, tmp_path / "first", 0.5)
     assert not (tmp_path / "x").exists()
 
 
