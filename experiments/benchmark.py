@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import repeat
 from pathlib import Path
 
@@ -165,6 +166,7 @@ def benchmark_train(
     variants |= level_steps(network, packer.pack(batch, "pretrain"))
     variants |= precision_steps(network, packer.pack(batch, "pretrain"))
     variants |= draw_steps(network, packer, batch_size)
+    variants |= muon_steps(network)
     if reference:
         variants |= reference_steps(reference, config, batch_size, device)
     samples = interleaved(variants, rounds, device)
@@ -175,6 +177,7 @@ def benchmark_train(
         "compile_speedup": ("step flow_matching", "compiled flow_matching"),
         "compile_speedup_self_flow": ("step self_flow", "compiled self_flow"),
         "draws_speedup": ("4 draws, each alone", "4 draws"),
+        "muon_speedup": ("torch's Muon, one matrix", "our Muon, one matrix"),
         "reference_forward_speedup": ("published forward", "our forward"),
         "reference_step_speedup": ("published step", "our step"),
     }
@@ -219,14 +222,15 @@ def training_steps(network, packer, batch: dict, method: str, compiled: bool = F
     return lambda: next(steps) and None
 
 
-def forward_backward(network, function: Callable, bf16: bool = True) -> Callable[[], None]:
-    """One call: function() -> a tensor, the mean of its squares backwards, gradients dropped."""
-    import torch
+def forward_backward(network, function: Callable, fast: bool = True) -> Callable[[], None]:
+    """One call: function() -> a tensor, the mean of its squares backwards, gradients dropped. fast: as in training, in
+    bf16 where the processor computes in it."""
+    from selfflow_robot.model import precision
 
-    device = next(network.parameters()).device.type
+    device = next(network.parameters()).device
 
     def take():
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with precision(device) if fast else nullcontext():
             output = function()
         output.float().square().mean().backward()
         network.zero_grad()
@@ -253,11 +257,16 @@ def level_steps(network, tokens) -> dict[str, Callable[[], None]]:
 
 
 def precision_steps(network, tokens) -> dict[str, Callable[[], None]]:
+    """None where there is no bf16 but an emulated one, many times slower, which nothing here uses."""
     import torch
 
+    from selfflow_robot.model import precision
+
+    if not isinstance(precision(tokens.x.device), torch.autocast):
+        return {}
     t = torch.rand(tokens.x.shape[0], 1, device=tokens.x.device)
     return {
-        name: forward_backward(network, lambda: network(tokens.x, t, tokens)[0], bf16=name == "bf16")
+        name: forward_backward(network, lambda: network(tokens.x, t, tokens)[0], fast=name == "bf16")
         for name in ("bf16", "fp32")
     }
 
@@ -286,12 +295,26 @@ def draw_steps(network, packer, batch_size: int) -> dict[str, Callable[[], None]
     return {"4 draws": step(together, 4), "4 draws, each alone": step(alone, 1)}
 
 
-def reference_steps(folder: Path, config, batch_size: int, device: str) -> dict[str, Callable[[], None]]:
-    """Forward, and forward and backward, of both networks: equal width, depth, heads and tokens (16 x 16 of 16
-    channels), every token with a level of its own out of two per sample, both in bf16."""
+def muon_steps(network) -> dict[str, Callable[[], None]]:
+    """A step of torch's Muon, always in bf16, and of the one that training takes; the same where bf16 is fast."""
     import torch
 
-    from selfflow_robot.model import Levels, Model
+    from selfflow_robot.muon import make_muon
+
+    def step(make):
+        matrix = torch.nn.Parameter(network.blocks[0].qkv.weight.detach().clone())
+        matrix.grad = torch.randn_like(matrix)
+        return make([matrix], lr=1e-3, weight_decay=0.01).step
+
+    return {"torch's Muon, one matrix": step(torch.optim.Muon), "our Muon, one matrix": step(make_muon)}
+
+
+def reference_steps(folder: Path, config, batch_size: int, device: str) -> dict[str, Callable[[], None]]:
+    """Forward, and forward and backward, of both networks: equal width, depth, heads and tokens (16 x 16 of 16
+    channels), every token with a level of its own out of two per sample, both at training's precision."""
+    import torch
+
+    from selfflow_robot.model import Levels, Model, precision
     from selfflow_robot.tokens import GENERATED, Span, Tokens
 
     N, C = 256, 16
@@ -313,7 +336,7 @@ def reference_steps(folder: Path, config, batch_size: int, device: str) -> dict[
 
     def forward(call):
         def take():
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            with torch.no_grad(), precision(device):
                 call()
 
         return take
@@ -494,6 +517,7 @@ def lines(result: dict) -> list[str]:
         "compile_speedup": "above 1",
         "compile_speedup_self_flow": "above 1",
         "draws_speedup": "above 1",
+        "muon_speedup": "1 with bf16 units, above 1 without",
         "reference_forward_speedup": "1.3",
         "reference_step_speedup": "1.3",
         "loader_ratio": "at least 2",

@@ -29,6 +29,7 @@ from selfflow_robot.config import TrainingConfig
 from selfflow_robot.data import Dataset, encode_video, open_dataset
 from selfflow_robot.flow import TimestepDistribution
 from selfflow_robot.model import Model, precision
+from selfflow_robot.muon import make_muon
 from selfflow_robot.processes import ALONE, Processes, Share, join, scatter, update_ema
 from selfflow_robot.selfflow import SelfFlowConfig, ema_decay
 from selfflow_robot.tokens import Packer
@@ -140,8 +141,7 @@ def make_optimizers(model: Model, config: TrainConfig, processes: Processes) -> 
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
     if not turned:
         return (adamw,)
-    decay = config.weight_decay
-    return torch.optim.Muon(turned, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw
+    return make_muon(turned, config.lr, config.weight_decay), adamw
 
 
 def begin(cfg: TrainingConfig, model: Model, processes: Processes) -> State:

@@ -38,8 +38,9 @@ def test_one_object_with_the_ratios_asked_for(tmp_path, monkeypatch):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "model.py").write_text(PUBLISHED)
     result = benchmark.benchmark_train("test", 2, 2, "cpu", tmp_path)
-    keys = ("selfflow_step_ratio", "per_token_ratio", "bf16_speedup", "draws_speedup", "reference_forward_speedup")
+    keys = ("selfflow_step_ratio", "per_token_ratio", "draws_speedup", "muon_speedup", "reference_forward_speedup")
     assert all(result[key] > 0 for key in (*keys, "reference_step_speedup"))
+    assert ("bf16_speedup" in result) == (result["precision"] == "bf16")  # not against an emulated bf16
     assert 1 < result["selfflow_flops_ratio"] < 1.5
     assert all(0 < share < 1.5 for share in result["mfu"].values())
     assert len(benchmark.lines(result)) > len(keys)
