@@ -151,7 +151,7 @@ def benchmark_train(
 
     from selfflow_robot import plan
     from selfflow_robot.codec import CodecConfig
-    from selfflow_robot.model import Model, precision, preset
+    from selfflow_robot.model import Model, computes_bf16, preset
     from selfflow_robot.selfflow import objective
     from selfflow_robot.tokens import Layout, Packer
 
@@ -191,7 +191,7 @@ def benchmark_train(
         "batch_size": batch_size,
         "rounds": rounds,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "precision": "bf16" if isinstance(precision(device), torch.autocast) else "fp32",
+        "precision": "bf16" if computes_bf16(device) else "fp32",
         **{key: ratio["median"] for key, ratio in measured.items()},
         "spread": measured,
         "selfflow_flops_ratio": flops["self_flow"] / flops["flow_matching"],
@@ -260,9 +260,9 @@ def precision_steps(network, tokens) -> dict[str, Callable[[], None]]:
     """None where there is no bf16 but an emulated one, many times slower, which nothing here uses."""
     import torch
 
-    from selfflow_robot.model import precision
+    from selfflow_robot.model import computes_bf16
 
-    if not isinstance(precision(tokens.x.device), torch.autocast):
+    if not computes_bf16(tokens.x.device):
         return {}
     t = torch.rand(tokens.x.shape[0], 1, device=tokens.x.device)
     return {

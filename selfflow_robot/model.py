@@ -69,14 +69,18 @@ def preset(name: str) -> ModelConfig:
 Cache = list[tuple[Tensor, Tensor] | None]  # per block: keys and values of the prefix, (B, H, P, E); None: no prefix
 
 
+def computes_bf16(device: torch.device | str) -> bool:
+    """In hardware; a processor that emulates it is many times slower than in float32."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return kind == "cuda" and torch.cuda.is_bf16_supported()
+
+
 def precision(device: torch.device | str):
     """bf16 where the processor computes in it, else a context that does nothing."""
     kind = torch.device(device).type
-    if kind == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = kind == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(kind, torch.bfloat16) if fast else contextlib.nullcontext()
+    return torch.autocast(kind, torch.bfloat16) if computes_bf16(device) else contextlib.nullcontext()
 
 
 def require_compiler(device: torch.device) -> None:
@@ -271,7 +275,7 @@ class Model(nn.Module):
         use and changes no result. compiled: forward and prefix_cache go through torch.compile, a minute at the first
         call of every shape; on a GPU as CUDA graphs. ValueError where no compiler is found."""
         model = deepcopy(self).eval().requires_grad_(False)
-        if isinstance(precision(device), torch.autocast):
+        if computes_bf16(device):
             for module in model.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.to(torch.bfloat16)

@@ -7,13 +7,12 @@ torch's orthogonalises in bf16 whatever the machine. A processor without bf16 un
 import torch
 from torch import Tensor
 
-from selfflow_robot.model import precision
+from selfflow_robot.model import computes_bf16
 
 
 def make_muon(matrices: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Muon:
     """An optimizer of matrices whose steps have AdamW's size, so that its learning rate is AdamW's."""
-    fast = isinstance(precision(matrices[0].device), torch.autocast)
-    kind = torch.optim.Muon if fast else Float32Muon
+    kind = torch.optim.Muon if computes_bf16(matrices[0].device) else Float32Muon
     return kind(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
