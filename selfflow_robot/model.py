@@ -373,7 +373,9 @@ class Model(nn.Module):
             if span.kind == "text":
                 x = self.text(self.bytes(tokens.text.long()).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2))
             else:
-                x = self.inputs[span.kind](z[:, span.rows, : self.channels[span.kind]])  # (B, n, D)
+                # Whole, as a cast to bf16 leaves it: of a part torch rounds with and without a gradient differently.
+                x = z[:, span.rows, : self.channels[span.kind]].contiguous()
+                x = self.inputs[span.kind](x)  # (B, n, D)
                 if span.kind == "video" and span.role == GIVEN:
                     x = x + self._see(tokens.frames)
                 elif span.kind == "video" and tokens.frames is not None:
