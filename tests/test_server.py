@@ -594,6 +594,8 @@ def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 
 def test_the_script_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
+    import torch
+
     from policies import load_policy
     from policies.chunking import ChunkedPolicy
     from policies.remote import RemotePlanner
@@ -602,7 +604,8 @@ def test_the_script_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path):
     save_run(tmp_path / "my_run")
     (tmp_path / "token").write_text("secret\n")
     command = [sys.executable, ROOT / "experiments/serve.py", "--checkpoint", tmp_path / "my_run", "--port", "0"]
-    command += ["--token_file", tmp_path / "token", "--sample_steps", "2"]
+    threads = str(torch.get_num_threads())  # as here: float32 rounds differently with other numbers of them
+    command += ["--token_file", tmp_path / "token", "--sample_steps", "2", "--threads", threads]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
         try:
