@@ -5,6 +5,8 @@
     python experiments/finetune.py --pretrained none          from scratch
     python experiments/finetune.py --pretrained runs/first --data data/more --name second    a policy, on other data
     python experiments/finetune.py --pretrained runs/first --model small --grow true --name third    made larger
+    python experiments/finetune.py --pretrained runs/first --data data/more --keep move pick --name fourth
+                                                              of "move ..." and "pick ...", it goes on as it was
 
 Adds proprioception, text and actions; every batch draws one of the role assignments (`modes`), the corners that the
 checkpoint will be asked for. `--corners false` is the paper's recipe instead: frames and actions generated together,
@@ -12,6 +14,8 @@ at one noise level. Writes runs/<name>: checkpoint/, metrics.jsonl, config.json.
 command continues.
 """
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -44,7 +48,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     windows = data.windows(dataset, layout.past, layout.future, layout.horizon)
 
     backbone, backbone_hash = choose_backbone(cfg, folder)
-    manifest: dict = {}
+    manifest, known = {}, None
     if backbone is None:
         if cfg.grow:
             raise ValueError("--grow true needs a smaller network that was trained: name it with --pretrained")
@@ -52,6 +56,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
         model = Model(preset(cfg.model), packer.channels, packer.codec.config.patch)
     else:
         model, pretrained, manifest = backbone
+        known = deepcopy(model) if cfg.keep else None
         if cfg.grow:
             model = grow(model, preset(cfg.model), cfg.seed)
         if replace(model.config, feature_width=0) != preset(cfg.model):
@@ -66,6 +71,9 @@ def finetune(cfg: FinetuneConfig) -> Path:
     else:
         packer.fit_statistics(dataset.stats)
     model, packer = model.to(device), packer.to(device)
+    if cfg.keep:
+        require_kept(cfg, dataset.instructions, manifest)
+        known = known.to(device)
     chances = cfg.modes if cfg.corners else {"joint_plan": 1.0}
     objective = train.objective(
         cfg,
@@ -80,7 +88,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
         raise ValueError("fine-tuning has no external encoder: leave self_flow_terms off after repa")
     modes = plan.by_mode(packer, chances, objective, cfg.draws)
     if cfg.plan:
-        plan.show(cfg.name, model.config, packer.channels, modes, cfg.batch_size, cfg.steps, device, cfg.gpu_hour_price)
+        size, price = (cfg.batch_size, cfg.steps), cfg.gpu_hour_price
+        plan.show(cfg.name, model.config, packer.channels, modes, *size, device, price, known and known.config)
         return folder
     state = train.begin(cfg, model, processes)
     names, weights = list(chances), torch.tensor(list(chances.values()))
@@ -90,12 +99,17 @@ def finetune(cfg: FinetuneConfig) -> Path:
         count = torch.randint(1, max(layout.horizon, 2), (), generator=generator).item()
         return count if torch.rand((), generator=generator) < share else 0
 
+    def pack(batch, mode, committed):
+        tokens = packer.pack(batch, mode, committed)
+        kept = [[text.startswith(tuple(cfg.keep))] for text in batch["instruction"]]
+        return replace(tokens, kept=torch.tensor(kept, device=device)) if cfg.keep else tokens
+
     def loss_fn(model, teacher, batch, generator):
         mode = names[torch.multinomial(weights, 1, generator=generator)]
         committed = draw_committed(mode, generator) if cfg.corners else 0
         config = objective.switched_off() if cfg.switch_off and state.step >= cfg.switch_off else objective
         config = replace(config, draws=cfg.draws if mode == "policy" else 1)
-        total, terms = part_loss(model, teacher, lambda: packer.pack(batch, mode, committed), config, generator)
+        total, terms = part_loss(model, teacher, lambda: pack(batch, mode, committed), config, generator, known=known)
         return total, {name if name == "loss" else f"{name}/{mode}": term for name, term in terms.items()}
 
     batch = held_out(dataset, layout)
@@ -126,10 +140,22 @@ def finetune(cfg: FinetuneConfig) -> Path:
         wandb_mode=cfg.wandb,
         sample=lambda model: sample_video(model, packer, batch, "world_model") if batch else None,
         sample_every=cfg.sample_every,
-        flops_per_step=plan.mean_step_flops(model.config, packer.channels, modes, cfg.batch_size),
+        flops_per_step=plan.mean_step_flops(
+            model.config, packer.channels, modes, cfg.batch_size, known and known.config
+        ),
         peak_flops=plan.peak_flops(device),
     )
     return folder
+
+
+def require_kept(cfg: FinetuneConfig, instructions: Sequence[str], manifest: dict) -> None:
+    """ValueError where there is nothing to keep."""
+    if cfg.pretrained is None or manifest.get("kind") != "finetune":
+        raise ValueError("--keep is of what a policy does already: name it with --pretrained")
+    if missing := [start for start in cfg.keep if not any(text.startswith(start) for text in instructions)]:
+        raise ValueError(
+            f"keep {', '.join(missing)}: no instruction of {cfg.data} begins so; it has {', '.join(instructions)}"
+        )
 
 
 def choose_backbone(cfg: FinetuneConfig, folder: Path):

@@ -100,6 +100,9 @@ class FinetuneConfig(TrainingConfig):
     method: str = key("self_flow", "which backbone to start from, by the method of its pretraining")
     pretrained: str | None = key(None, "run or folder; default the newest pretraining by `method`; none: from scratch")
     grow: bool = key(False, "a smaller network that was pretrained begins as one of preset `model`, with its outputs")
+    keep: list[str] = key(
+        [], "where an instruction begins so, learn what the policy it goes on from does, not the labels: not to forget"
+    )
     self_flow_terms: bool = key(False, "keep Self-Flow's terms in fine-tuning (off: both arms learn the same loss)")
     action_noise: str = key("own", "noise level of actions: shared (the video's t), masked (its mask too) or own")
     action_mask_ratio: float = key(0.0, "masked, own: share of action tokens at the second level")

@@ -65,9 +65,11 @@ class Macs:
 
 
 def step_flops(
-    config: ModelConfig, channels: dict[str, int], tokens: Tokens, objective: SelfFlowConfig, batch: int
-) -> float:
-    """Of one training step on `batch` windows shaped like `tokens`. An external encoder's are not counted."""
+    config: ModelConfig, channels: dict[str, int], tokens: Tokens, objective: SelfFlowConfig, batch: int,
+    known: ModelConfig | None = None,
+) -> float:  # fmt: skip
+    """Of one training step on `batch` windows shaped like `tokens`; known: what `selfflow.loss` calls so. An external
+    encoder's are not counted."""
     D, M = config.width, tokens.x.shape[1] - tokens.prefix
     student, teacher = (distinct_levels(tokens, objective, of_teacher) for of_teacher in (False, True))
     _, teacher_layer = objective.layers(config.depth)
@@ -82,6 +84,10 @@ def step_flops(
         prefix = prefix_macs(config, channels, tokens, teacher_layer)
         rest = rest_macs(config, channels, tokens, teacher_layer, teacher)
         total += batch * prefix.forward + rows * rest.forward + positions.forward
+    if known:
+        prefix = prefix_macs(known, channels, tokens, known.depth)
+        rest = rest_macs(known, channels, tokens, known.depth, student) + heads_macs(known, channels, tokens, student)
+        total += batch * prefix.forward + rows * rest.forward + positions.forward * known.width / D
     return total
 
 
@@ -220,18 +226,20 @@ def by_mode(packer: Packer, modes: dict[str, float], objective: SelfFlowConfig, 
 
 
 def mean_step_flops(
-    config: ModelConfig, channels: dict[str, int], modes: list[tuple[float, Tokens, SelfFlowConfig]], batch: int
-) -> float:
-    """Expected FLOPs of a step; modes from `by_mode`."""
-    return sum(share * step_flops(config, channels, tokens, goal, batch) for share, tokens, goal in modes)
+    config: ModelConfig, channels: dict[str, int], modes: list[tuple[float, Tokens, SelfFlowConfig]], batch: int,
+    known: ModelConfig | None = None,
+) -> float:  # fmt: skip
+    """Expected FLOPs of a step; modes from `by_mode`, known as in `step_flops`."""
+    return sum(share * step_flops(config, channels, tokens, goal, batch, known) for share, tokens, goal in modes)
 
 
 def show(
     name: str, config: ModelConfig, channels: dict[str, int], modes: list[tuple[float, Tokens, SelfFlowConfig]],
-    batch: int, steps: int, device: torch.device | str, gpu_hour_price: float = 0.0,
+    batch: int, steps: int, device: torch.device | str, gpu_hour_price: float = 0.0, known: ModelConfig | None = None,
 ) -> None:  # fmt: skip
-    """Prints what a run takes, and how long on this device and on known GPUs; modes from `by_mode`."""
-    flops = mean_step_flops(config, channels, modes, batch)
+    """Prints what a run takes, and how long on this device and on known GPUs; modes from `by_mode`, known as in
+    `step_flops`."""
+    flops = mean_step_flops(config, channels, modes, batch, known)
     plain = [(share, tokens, replace(goal, scheduling="single", features="none")) for share, tokens, goal in modes]
     ratio = flops / mean_step_flops(config, channels, plain, batch)
     quadratic = torch.device(device).type == "cpu"

@@ -216,14 +216,15 @@ def part_loss(
     config: SelfFlowConfig,
     generator: torch.Generator,
     target: Callable[[], Tensor | None] = lambda: None,
+    known: Model | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`selfflow.loss` of this part of the batch, scaled so that the mean over all parts is the whole batch's.
 
-    pack returns the tokens of the process's windows, target what an encoder says of them (`selfflow.loss`). With a
-    generator that is not a `Share`, plainly the loss.
+    pack returns the tokens of the process's windows, target what an encoder says of them; known: as in `selfflow.loss`.
+    With a generator that is not a `Share`, plainly the loss.
     """
     if not isinstance(generator, Share) or generator.part[1] == 1:
-        return selfflow.loss(student, teacher, pack(), config, generator, target())
+        return selfflow.loss(student, teacher, pack(), config, generator, target(), known=known)
     if generator.tokens is None:
         generator.tokens = pack()
         generator.target = target()
@@ -236,7 +237,8 @@ def part_loss(
     weights = {f"{kind}_weight": getattr(config, f"{kind}_weight") * share for kind, share in shares.items()}
     aim = generator.target
     aim = None if aim is None else aim.chunk(generator.passes)[generator.number]
-    total, terms = selfflow.loss(student, teacher, here, replace(config, **weights), generator, aim, generator.part)
+    config = replace(config, **weights)
+    total, terms = selfflow.loss(student, teacher, here, config, generator, aim, generator.part, known)
     scaled = {f"loss_{kind}": terms[f"loss_{kind}"] * share for kind, share in shares.items()}
     return total, terms | scaled
 

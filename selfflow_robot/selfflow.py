@@ -181,11 +181,13 @@ def loss(
     generator: torch.Generator,
     target: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
+    known: Model | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scalar loss and its terms. The student has the gradient; the teacher may be None where no method needs one.
 
     target (windows, n, E): with features "encoder", what the encoder says of the n generated video tokens. part: see
-    `draw`.
+    `draw`. known: a network without a gradient, whose velocity is the target in windows that `tokens.kept`, in place of
+    noise - x: learning without forgetting (arXiv:1606.09282).
     """
     d = draw(tokens, config, generator, part)
     if d.pixel_noise is not None:
@@ -204,6 +206,10 @@ def loss(
     wanted = {"none": 0, "own": (student_layer, teacher_layer)}.get(config.features, student_layer)
     apart = d.masked & d.apart if config.apart else None
     predicted, features = student(z, tau, rows, wanted, shared(student, z, tau), apart)
+    if known is not None:
+        with torch.no_grad(), cast_once(known):
+            before = known(z, tau, rows, cache=shared(known, z, tau))[0]
+        velocity = torch.where(rows.kept[..., None], before, velocity)
 
     terms = {}
     total = torch.zeros((), device=tokens.x.device)

@@ -86,6 +86,7 @@ class Tokens:
     spans: tuple[Span, ...]  # given first, without gaps
     text: Tensor | None  # (B, L) uint8, for the text tokens
     frames: Tensor | None  # (B, T, H, W, 3) float in [-1, 1], for the given video tokens: seen in every pixel
+    kept: Tensor | None = None  # bool (B, 1): windows learned from what was known before (`selfflow.loss`)
 
     @property
     def prefix(self) -> int:
@@ -101,7 +102,8 @@ class Tokens:
         """Every row `times` times, one after another. What only the given tokens need stays as it is."""
         if times == 1:
             return self
-        return replace(self, x=self.x.repeat_interleave(times, 0), weight=self.weight.repeat_interleave(times, 0))
+        rows = {name: getattr(self, name) for name in ("x", "weight", "kept")}
+        return replace(self, **{k: v if v is None else v.repeat_interleave(times, 0) for k, v in rows.items()})
 
     def where(self, role: str, kind: str | None = None) -> Tensor:
         """bool (1, N)."""

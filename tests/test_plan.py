@@ -44,6 +44,16 @@ def test_flops_are_those_that_torch_counts(mode, method):
     assert plan.step_flops(SMALL, PACKER.channels, blank, settings, 3) == counter.get_total_flops()
 
 
+def test_flops_with_a_known_network_are_those_that_torch_counts():
+    settings, narrow = objective("flow_matching", draws=2), replace(SMALL, width=16, depth=3)
+    model, known = make_model(PACKER), make_model(PACKER, narrow).requires_grad_(False)
+    tokens = replace(PACKER.pack(make_batch(3), "policy"), kept=torch.ones(3, 1, dtype=torch.bool))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss(model, None, tokens, settings, generator(0), known=known)[0].backward()
+    blank = plan.blank_tokens(PACKER, "policy")
+    assert plan.step_flops(SMALL, PACKER.channels, blank, settings, 3, narrow) == counter.get_total_flops()
+
+
 def test_self_flow_costs_about_what_the_teacher_does():
     """Deep and wide: 1 + 0.7 / 3, and a little for the projector."""
     tokens, config = plan.blank_tokens(PACKER, "pretrain"), PRESETS["4b"]

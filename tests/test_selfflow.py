@@ -64,6 +64,33 @@ def test_terms_off_are_flow_matching():
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mode", ["policy", "joint_plan", "world_model"])
+def test_what_was_known_is_kept_where_it_is_asked_for(mode):
+    """A network that is what it was has no loss in kept windows; in the others it has the labels'."""
+    config = replace(CONFIG.switched_off(), draws=3)
+    tokens, model, other = PACKER.pack(make_batch(), mode), make_model(PACKER), make_model(PACKER, seed=1)
+
+    def terms(kept, known=model, weight=tokens.weight):
+        rows = replace(tokens, kept=torch.tensor(kept)[:, None], weight=weight)
+        return loss(model, None, rows, config, generator(), known=known)[1]
+
+    assert terms([True, True])["loss"] < 1e-9  # with and without a gradient, sums round differently
+    plain, _ = loss(model, None, tokens, config, generator())
+    assert terms([False, False])["loss"] == plain
+    second = terms([False, False], weight=tokens.weight * torch.tensor([[0.0], [1.0]]))  # its mean is over one of two
+    for name, value in terms([True, False]).items():
+        torch.testing.assert_close(value, second[name] / 2)
+    assert terms([True, True], known=other)["loss"] > 0
+
+
+def test_what_is_kept_gives_the_known_network_no_gradient_and_the_student_one():
+    tokens, model, known = PACKER.pack(make_batch(), "policy"), make_model(PACKER), make_model(PACKER, seed=1)
+    known.requires_grad_(False)
+    tokens = replace(tokens, kept=torch.tensor([[True], [True]]))
+    loss(model, None, tokens, CONFIG.switched_off(), generator(), known=known)[0].backward()
+    assert gradients(model) and not gradients(known) and not any(p.requires_grad for p in known.parameters())
+
+
 def test_both_methods_draw_the_same():
     tokens = PACKER.pack(make_batch(), "pretrain")
     config = replace(CONFIG, given_noise=0.2)

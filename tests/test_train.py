@@ -59,11 +59,14 @@ def uneven(seed):
     return batch
 
 
-def objective_of_all_modes(packer):
+def objective_of_all_modes(packer, known=None):
+    def pack(batch, mode):
+        return replace(packer.pack(batch, mode), kept=torch.arange(len(batch["proprio"]))[:, None] % 2 == 0)
+
     def loss_fn(student, teacher, batch, generator):
         mode = ["joint_plan", "policy", "pretrain_all"][torch.randint(3, (), generator=generator)]
         config = SelfFlowConfig(mask_ratio=0.25, given_noise=0.2, draws=2 if mode == "policy" else 1)
-        return part_loss(student, teacher, lambda: packer.pack(batch, mode), config, generator)
+        return part_loss(student, teacher, lambda: pack(batch, mode), config, generator, known=known)
 
     return loss_fn
 
@@ -244,14 +247,15 @@ def test_a_skipped_step_is_counted_and_changes_no_weight(tmp_path):
         TrainConfig(nonfinite="ignore")
 
 
-def test_micro_batches_take_the_same_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("known", [False, True])
+def test_micro_batches_take_the_same_steps(tmp_path, monkeypatch, known):
     """Gradients of parts add up to those of the whole, also where the parts count different numbers of tokens."""
     monkeypatch.setattr(train, "precision", lambda device: contextlib.nullcontext())
     losses = {}
     for micro_batch in (0, 4, 2, 1):
         packer, config = make_packer(), replace(CONFIG, micro_batch=micro_batch, steps=4)
         state = train.new_state(make_model(packer), config)
-        loss_fn = objective_of_all_modes(packer)
+        loss_fn = objective_of_all_modes(packer, make_model(packer, seed=1) if known else None)
         loop = train.train(state, map(uneven, itertools.count()), loss_fn, config)
         losses[micro_batch] = torch.tensor([[m["loss"], m["grad_norm"], *video_and_action(m)] for _, m in loop])
     for micro_batch in (4, 2, 1):
@@ -389,6 +393,29 @@ def test_a_policy_goes_on_as_a_larger_network(workplace, monkeypatch):
     finetune(FinetuneConfig(**how, grow=True, **COMMON | {"steps": 5}))
     finetune(FinetuneConfig(**how | {"pretrained": None}, **COMMON | {"steps": 6}))  # what it began as is known
     assert checkpoint.load(second / "checkpoint")[1]["step"] == 6
+
+
+def test_a_policy_keeps_what_it_does_where_it_is_asked_to(workplace, monkeypatch):
+    """At its first step nothing is to be learned there, whatever the labels say, also as a larger network."""
+    monkeypatch.setitem(model.PRESETS, "small", replace(SMALL, depth=5, width=64, heads=4))
+    finetune(FinetuneConfig(name="f", pretrained="none", **FINETUNE, **COMMON))
+    pretrain(PretrainConfig(name="p", **PRETRAIN, **COMMON))
+    how = dict(pretrained="f", model="small", grow=True, **FINETUNE | {"batch_size": 16})
+    losses = {}
+    for name, keep in (("none", []), ("some", ["op"]), ("all", ["op", "place"])):
+        run = finetune(FinetuneConfig(name=name, keep=keep, **how, **COMMON))
+        losses[name] = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["all"] < 1e-3 * losses["none"] and 0.2 < losses["some"] / losses["none"] < 0.8
+    part = finetune(FinetuneConfig(name="part", keep=["op"], **how, **COMMON | {"steps": 2, "cooldown": 0.0}))
+    whole = finetune(FinetuneConfig(name="whole", keep=["op"], **how, **COMMON | {"cooldown": 0.0}))
+    assert not same(whole, part)
+    finetune(FinetuneConfig(name="part", keep=["op"], **how, **COMMON | {"cooldown": 0.0}))
+    assert same(whole, part)  # continued, it has what was known again
+    with pytest.raises(ValueError, match=r"keep walk: no instruction of data/moving begins so; it has open, place"):
+        finetune(FinetuneConfig(name="g", keep=["op", "walk"], **how, **COMMON))
+    for pretrained in (None, "none", "p"):
+        with pytest.raises(ValueError, match="--keep is of what a policy does already: name it with --pretrained"):
+            finetune(FinetuneConfig(name="g", keep=["op"], pretrained=pretrained, **FINETUNE, **COMMON))
 
 
 def test_scripts_resume_to_the_bit(workplace):
