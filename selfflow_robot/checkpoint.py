@@ -407,6 +407,7 @@ def card(manifest: dict) -> str:
     rows += [("data", about["config"].get("data")), ("data hash", manifest.get("identity", {}).get("data_hash"))]
     modes = {name: share for name, share in about["config"].get("modes", {}).items() if share}
     rows += [("trained as", ", ".join(f"{name} {share:.0%}" for name, share in modes.items()))]
+    rows += [("as before, not by labels", ", ".join(f"{start} ..." for start in about["config"].get("keep", [])))]
     rows += [(f"code: {name}", value) for name, value in about["code"].items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, ""))
     actions = ", ".join(about["action"].get("names", []))

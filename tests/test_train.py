@@ -411,6 +411,8 @@ def test_a_policy_keeps_what_it_does_where_it_is_asked_to(workplace, monkeypatch
     assert not same(whole, part)
     finetune(FinetuneConfig(name="part", keep=["op"], **how, **COMMON | {"cooldown": 0.0}))
     assert same(whole, part)  # continued, it has what was known again
+    card = (checkpoint.export(whole, Path("exported")) / "README.md").read_text()
+    assert "| as before, not by labels | op ... |" in card
     with pytest.raises(ValueError, match=r"keep walk: no instruction of data/moving begins so; it has open, place"):
         finetune(FinetuneConfig(name="g", keep=["op", "walk"], **how, **COMMON))
     for pretrained in (None, "none", "p"):
