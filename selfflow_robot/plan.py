@@ -179,10 +179,12 @@ class Memory:
 
 def memory(
     config: ModelConfig, channels: dict[str, int], tokens: Tokens, objective: SelfFlowConfig, batch: int,
-    checkpointing: bool = False, quadratic: bool = False,
+    checkpointing: bool = False, quadratic: bool = False, known: ModelConfig | None = None,
 ) -> Memory:  # fmt: skip
-    """An estimate, good to about a quarter. quadratic: attention keeps its scores, as on the CPU."""
+    """An estimate, good to about a quarter. quadratic: attention keeps its scores, as on the CPU. known: as in
+    `step_flops`."""
     fp32 = 4 * parameters(config, channels)
+    beside = 4 * parameters(known, channels) if known else 0
     P, N, D = tokens.prefix, tokens.x.shape[1], config.width
     rows = batch * objective.draws
     per_block = SAVED * D * (batch * P + rows * (N - P))
@@ -190,7 +192,7 @@ def memory(
         per_block += 2 * config.heads * (batch * P * P + rows * (N - P) * N)
     inputs = D * (batch * P + rows * (N - P)) * config.depth
     kept = inputs + per_block if checkpointing else config.depth * per_block  # one block at a time is recomputed
-    return Memory(fp32, fp32, 2 * fp32, fp32, 2 * kept)
+    return Memory(fp32 + beside, fp32, 2 * fp32, fp32, 2 * kept)
 
 
 def peak_flops(device: torch.device | str) -> float | None:
@@ -245,7 +247,7 @@ def show(
     quadratic = torch.device(device).type == "cpu"
     whole, less = (
         max(
-            (memory(config, channels, tokens, goal, batch, again, quadratic) for _, tokens, goal in modes),
+            (memory(config, channels, tokens, goal, batch, again, quadratic, known) for _, tokens, goal in modes),
             key=lambda needed: needed.total,
         )
         for again in (False, True)

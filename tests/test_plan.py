@@ -52,6 +52,8 @@ def test_flops_with_a_known_network_are_those_that_torch_counts():
         loss(model, None, tokens, settings, generator(0), known=known)[0].backward()
     blank = plan.blank_tokens(PACKER, "policy")
     assert plan.step_flops(SMALL, PACKER.channels, blank, settings, 3, narrow) == counter.get_total_flops()
+    more, less = (plan.memory(SMALL, PACKER.channels, blank, settings, 3, known=k).total for k in (narrow, None))
+    assert more - less == 4 * sum(p.numel() for p in known.parameters())
 
 
 def test_self_flow_costs_about_what_the_teacher_does():
