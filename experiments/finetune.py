@@ -101,8 +101,10 @@ def finetune(cfg: FinetuneConfig) -> Path:
 
     def pack(batch, mode, committed):
         tokens = packer.pack(batch, mode, committed)
+        if not cfg.keep:
+            return tokens
         kept = [[text.startswith(tuple(cfg.keep))] for text in batch["instruction"]]
-        return replace(tokens, kept=torch.tensor(kept, device=device)) if cfg.keep else tokens
+        return replace(tokens, kept=torch.tensor(kept, device=device))
 
     def loss_fn(model, teacher, batch, generator):
         mode = names[torch.multinomial(weights, 1, generator=generator)]

@@ -102,8 +102,9 @@ class Tokens:
         """Every row `times` times, one after another. What only the given tokens need stays as it is."""
         if times == 1:
             return self
-        rows = {name: getattr(self, name) for name in ("x", "weight", "kept")}
-        return replace(self, **{k: v if v is None else v.repeat_interleave(times, 0) for k, v in rows.items()})
+        x, weight = (a.repeat_interleave(times, 0) for a in (self.x, self.weight))
+        kept = None if self.kept is None else self.kept.repeat_interleave(times, 0)
+        return replace(self, x=x, weight=weight, kept=kept)
 
     def where(self, role: str, kind: str | None = None) -> Tensor:
         """bool (1, N)."""
