@@ -11,7 +11,8 @@ fine-tuning can start from it (--pretrained exported/backbone). --dtype bfloat16
 processor computes in bf16 its outputs are the same to the bit, elsewhere those of matrices rounded to 8 bits.
 --share 0.5 with the --pretrained that a policy was fine-tuned from takes the weights half-way between the two: where
 fine-tuning taught something new and undid something old, there may be both. Evaluations given as --results are in its
-card, beside those that the checkpoint has already where it is an export itself.
+card, beside those that the checkpoint has already where it is an export itself, and how each episode ended in
+evaluations/, which report.py compares with another policy's.
 """
 
 import json

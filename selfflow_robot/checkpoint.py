@@ -310,7 +310,8 @@ def export(
 ) -> Path:
     """A run (name or folder) as a folder in Hugging Face's layout, with the evaluation weights or, "model", the ones in
     training; without the optimiser. `load_model` and `policies.load_policy` take it like a run. results: contents of
-    `results.json` of evaluations, of the run or of its export, for the card, beside those that an export has already.
+    `results.json` of evaluations, of the run or of its export, for the card, beside those that an export has already;
+    each also goes along whole, for comparing other policies with this one episode by episode (`report.py --arms`).
     dtype: of the network's matrices, "float32", "bfloat16" or None, as they are; vectors and the packer stay float32.
     What computes under `precision` in bf16 casts matrices to it anyway, so there bfloat16 changes no output.
     start, share: see `between`.
@@ -349,10 +350,18 @@ def export(
     measured = [_measured(result, folder) for result in results]
     again = [_condition(result) for result in measured]
     measured = [old for old in manifest.get("results", []) if _condition(old) not in again] + measured
-    manifest = manifest | {"weights": weights, "sha256": exported, "results": measured}
+    whole = {_whole(result): json.dumps(result).encode() for result in results}
+    kept_files = {name for name in map(_whole, measured) if name not in whole and (found / name).is_file()}
+    whole |= {name: (found / name).read_bytes() for name in kept_files}
+    for name, content in whole.items():
+        write_atomic(folder / name, content)
+    manifest = manifest | {"weights": weights, "sha256": exported, "results": measured, "evaluations": sorted(whole)}
     manifest |= {"dtype": dtype} if dtype else {}
     write_atomic(folder / "README.md", card(manifest).encode())
     write_atomic(folder / "config.json", json.dumps(manifest, indent=1).encode())  # last: now it is a checkpoint
+    for path in folder.glob("evaluations/*/results.json"):
+        if path.relative_to(folder).as_posix() not in whole:  # of what was exported there before
+            path.unlink()
     return folder
 
 
@@ -394,6 +403,14 @@ def _condition(result: dict) -> tuple[str, dict]:
     return result["protocol_hash"], result.get("policy_settings", {})
 
 
+def _whole(result: dict) -> str:
+    """Where in an export the whole of a result lies: a name of its own for each `_condition`, inside the folder."""
+    protocol, acting = _condition(result)
+    how = hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:6]
+    name = re.sub(r"[^\w-]", "_", f"{result['task']}_{protocol}_{how}")
+    return f"evaluations/{name}/results.json"
+
+
 def card(manifest: dict) -> str:
     """A model card for Hugging Face: what the network is, what it reads and what its actions mean."""
     about = {key: manifest.get(key, {}) for key in ("model", "codec", "layout", "action", "config", "code")}
@@ -430,7 +447,7 @@ Every token has its own noise level; one network is policy, world model, inverse
 ```
 
 Actions: {actions}; {about["action"].get("units", "")}.
-{_results_table(manifest.get("results", []))}
+{_results_table(manifest.get("results", []), manifest.get("evaluations", []))}
 | | |
 |---|---|
 {table}
@@ -439,7 +456,7 @@ Tensors are {types} safetensors; `packer.*` are the codec's and the normalisatio
 """
 
 
-def _results_table(results: list[dict]) -> str:
+def _results_table(results: list[dict], files: list[str]) -> str:
     if not results:
         return ""
     rows = []
@@ -456,6 +473,10 @@ def _results_table(results: list[dict]) -> str:
         dict.fromkeys(f"- {result['task']}: {result['success']}. {result['success_rule']}" for result in results)
     )
     commands = "\n".join(dict.fromkeys(result["command"] for result in results))
+    if files:
+        folder = files[0].removesuffix("/results.json")
+        commands += "\n\n# How each episode ended is in FOLDER/evaluations; another policy against it:"
+        commands += f"\npython experiments/report.py --arms FOLDER/{folder} runs/ITS_EVALUATION"
     table = "\n".join(rows)
     return f"""
 ## Measured in SIMPLER

@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from experiments.report import read_arm
 from policies import load_policy
 from selfflow_robot import checkpoint
 from selfflow_robot.checkpoint import CheckpointError
@@ -261,6 +262,7 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
         "command": "python experiments/eval_simpler.py --checkpoint run --task open_and_place",
         "protocol": {"protocol": "random", "seeds": {"first": 10000, "count": 100}, "success": "apple inside"},
         "summary": {"success_final": {"k": 80, "n": 100, "rate": 0.8, "low": 0.71, "high": 0.87}},
+        "episodes": [{"seed": 10000, "success_final": True, "success_any": True}],
     }
     folder = checkpoint.export(tmp_path / "run", tmp_path / "exported", results=[result])
     card = (folder / "README.md").read_text()
@@ -269,6 +271,14 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     assert "- open_and_place: apple inside. success_final counts the last step" in card
     again = checkpoint.export(folder, folder)  # over itself, as with results of the export
     assert (again / "README.md").read_text() == card
+    (whole,) = folder.glob("evaluations/open_and_place_abc123_*/results.json")
+    assert json.loads(whole.read_text()) == result
+    assert read_arm(whole.parent).outcomes("success_final") == {10000: True}
+    assert f"report.py --arms FOLDER/evaluations/{whole.parent.name} runs/" in card
+    elsewhere = checkpoint.export(folder, tmp_path / "elsewhere")
+    assert (elsewhere / whole.relative_to(folder)).read_bytes() == whole.read_bytes()
+    checkpoint.export(tmp_path / "run", elsewhere, "model")  # other weights, which nothing was measured of
+    assert not list(elsewhere.rglob("results.json")) and "evaluations/" not in (elsewhere / "README.md").read_text()
     published = {"protocol_hash": "def456", "protocol": result["protocol"] | {"protocol": "visual_matching"}}
     result["checkpoint_hash"] = checkpoint.load(folder)[1]["sha256"]
     better = {"summary": {"success_final": {"k": 90, "n": 100, "rate": 0.9, "low": 0.83, "high": 0.94}}}
@@ -277,21 +287,27 @@ def test_a_card_has_what_was_measured_of_this_checkpoint(tmp_path):
     assert "| 90/100 = 90% [83%, 94%] | random, 10000 and on | abc123 |" in card
     assert "| 80/100 = 80% [71%, 87%] | visual matching | def456 |" in card
     assert card.count("/100 =") == 2
+    assert (
+        len(list(folder.rglob("results.json"))) == 2 and json.loads(whole.read_text())["summary"] == better["summary"]
+    )
     noisy = result | {"policy_settings": {"temperature": 1.0}}  # the same episodes, another way to act
     checkpoint.export(folder, folder, results=[noisy])
     card = (folder / "README.md").read_text()
     assert card.count("| abc123 |") == 2 and card.count("| def456 |") == 1
     checkpoint.export(folder, folder, results=[noisy])
     assert (folder / "README.md").read_text() == card
+    assert len(list(folder.rglob("results.json"))) == 3
     reset = "upstream's random draws from the seed, robot_xy up to 0.05 m beyond"  # as envs.protocol has it
     wide = {"protocol": result["protocol"] | {"reset": reset}, "protocol_hash": "b"}
     checkpoint.export(folder, folder, results=[result | wide])
     assert "| random, 10000 and on, robot_xy up to 0.05 m beyond | b |" in (folder / "README.md").read_text()
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    checkpoint.export(folder, folder, results=[result | {"task": "../../x"}])  # a damaged name stays inside
+    assert not [path for path in tmp_path.rglob("results.json") if folder not in path.parents]
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     for wrong, whose in ((result | {"checkpoint_hash": "f00"}, "open_and_place"), ({"runs": []}, "something else")):
         with pytest.raises(CheckpointError, match=f"the results of {whose}.* are those of another checkpoint"):
             checkpoint.export(tmp_path / "run", folder, "model", results=[wrong])
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # a refusal costs nothing
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before  # a refusal costs nothing
     with pytest.raises(CheckpointError, match="export of its averaged weights"):
         checkpoint.export(folder, tmp_path / "x", "model")
 
