@@ -24,6 +24,14 @@ def test_it_is_small_whole_and_says_what_was_measured():
     load_policy(checkpoint.SHIPPED)
 
 
+def test_every_episode_that_it_was_measured_by_comes_along():
+    manifest = checkpoint.read_manifest(checkpoint.SHIPPED / "config.json")
+    wholes = [json.loads((checkpoint.SHIPPED / name).read_text()) for name in manifest["evaluations"]]
+    assert {whole["checkpoint_hash"] for whole in wholes} == {manifest["sha256"]}
+    counts = {whole["protocol_hash"]: sum(e["success_final"] for e in whole["episodes"]) for whole in wholes}
+    assert counts == {r["protocol_hash"]: r["summary"]["success_final"]["k"] for r in manifest["results"]}
+
+
 @pytest.mark.sim
 @pytest.mark.slow
 def test_it_opens_the_drawer_where_nothing_was_trained(tmp_path, monkeypatch):
