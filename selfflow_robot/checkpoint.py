@@ -350,9 +350,8 @@ def export(
     measured = [_measured(result, folder) for result in results]
     again = [_condition(result) for result in measured]
     measured = [old for old in manifest.get("results", []) if _condition(old) not in again] + measured
-    whole = {_whole(result): json.dumps(result).encode() for result in results}
-    kept_files = {name for name in map(_whole, measured) if name not in whole and (found / name).is_file()}
-    whole |= {name: (found / name).read_bytes() for name in kept_files}
+    whole = {name: (found / name).read_bytes() for name in map(_whole, measured) if (found / name).is_file()}
+    whole |= {_whole(result): json.dumps(result).encode() for result in results}
     for name, content in whole.items():
         write_atomic(folder / name, content)
     manifest = manifest | {"weights": weights, "sha256": exported, "results": measured, "evaluations": sorted(whole)}
