@@ -22,7 +22,7 @@ from envs.rollout import HOLD_STEPS, Demonstrator, expert_rng, rollout
 from envs.tasks import get_tasks
 from envs.workers import Workers, progress, write_json
 from selfflow_robot.config import CollectConfig, EvalConfig, run
-from selfflow_robot.data import VIEW, DatasetError, committed_seeds, finalize, write_episode
+from selfflow_robot.data import VIEW, DatasetError, committed_seeds, finalize, succeeded, write_episode
 from selfflow_robot.metrics import wilson_interval
 
 PATIENCE = 20  # failures allowed beyond one per wanted episode
@@ -44,6 +44,8 @@ def collect(cfg: CollectConfig, start=None) -> Path:
     keep_failures = cfg.keep_failures or cfg.policy is not None
     attempts = read_attempts(root, {"task": shorts} | {name: getattr(cfg, name) for name in KIND})
     present = committed_seeds(root)
+    for seed in sorted(present - set(map(int, attempts["success"]))):  # written, and killed before it was noted
+        attempts["success"][str(seed)] = succeeded(root, seed)
     seeds = (seed for seed in count(cfg.first_seed) if seed not in present and attempts["success"].get(str(seed), True))
     allowed = len(attempts["success"]) + 2 * cfg.episodes + PATIENCE
 

@@ -112,6 +112,12 @@ def committed_seeds(root: str | Path) -> set[int]:
     return seeds
 
 
+def succeeded(root: str | Path, seed: int) -> bool:
+    """Whether a committed episode ended in success. Raises DatasetError when its file is damaged or not ours."""
+    path = _episode_files(Path(root), seed)[0]
+    return _own_record(path, _read_parquet(path))["success"]
+
+
 def merge(roots: Sequence[str | Path], root: str | Path) -> dict:
     """The episodes of several data sets in one new one, `root`; returns its info. Merging again adds what is new.
 
@@ -151,11 +157,8 @@ def finalize(root: str | Path) -> dict:
     tables, records = [], []
     for seed in seeds:
         path = _episode_files(root, seed)[0]
-        table = _read_parquet(path)
-        if (record := _record(table)) is None:
-            raise DatasetError(f"{path} was not written by write_episode. Collect into another folder.")
-        tables.append(table)
-        records.append(record)
+        tables.append(_read_parquet(path))
+        records.append(_own_record(path, tables[-1]))
     for seed, record in zip(seeds, records):
         for field in ("fps", "image_shape", "robot_type"):
             if record[field] != records[0][field]:
@@ -300,6 +303,12 @@ def _data_metadata(record: dict, vectors: list[str]) -> dict[bytes, bytes]:
 def _record(table: pa.Table) -> dict | None:
     content = (table.schema.metadata or {}).get(RECORD_KEY)
     return None if content is None else json.loads(content)
+
+
+def _own_record(path: Path, table: pa.Table) -> dict:
+    if (record := _record(table)) is None:
+        raise DatasetError(f"{path} was not written by write_episode. Collect into another folder.")
+    return record
 
 
 def _tasks_table(tasks: list[str]) -> pa.Table:

@@ -80,6 +80,8 @@ def test_a_data_set_grows_and_is_repaired(folder, inline):
     (root / "collection.json").unlink()
     collect(config(episodes=7, workers=1), start)
     assert [episode.seed for episode in open_dataset(root).episodes] == [1, 2, 3, 4, 5, 6, 8]
+    noted = json.loads((root / "collection.json").read_text())["success"]  # those of the lost list count again
+    assert {int(seed) for seed, success in noted.items() if success} == {1, 2, 3, 4, 5, 6, 8}
 
 
 def test_a_killed_run_continues_with_the_same_command(folder):
