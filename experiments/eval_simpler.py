@@ -40,6 +40,7 @@ SIMULATORS = ("ours", "upstream")
 ACTING = ("execute", "sample_steps", "temperature")  # settings of a checkpoint that every record names
 VIDEO_CRF, VIDEO_GOP = 26, 60  # for looking at: a tenth of what training data needs
 VIDEO_HEIGHT, VIDEO_FPS, BAR = 384, 6, 40  # px, twice as fast as the control, px for the words below
+FAILING = 8  # kinds of starts named that most failures began from
 GREEN, RED, GREY = (60, 170, 90), (200, 70, 60), (90, 90, 90)
 
 
@@ -331,6 +332,21 @@ def count_starts(episodes: list[dict]) -> int | None:
     return None if "null" in starts else len(set(starts))
 
 
+def where_it_fails(episodes: list[dict]) -> list[tuple[str, int, int]]:
+    """(names, failures at the last step, episodes) for what episodes begin with by name, as drawer and pose, and differ
+    in; most failures first, none where nothing fails or nothing is known, in old records."""
+    named = []  # {field: words} of each episode
+    for start in (episode.get("start") or {} for episode in episodes):
+        named.append({k: v if isinstance(v, str) else f"{k} {v}" for k, v in start.items() if isinstance(v, str | int)})
+    varied = [field for field in named[0] if len({words.get(field) for words in named}) > 1] if named else []
+    rows: dict[str, list[bool]] = {}
+    for words, episode in zip(named, episodes):
+        names = " ".join(words[field] for field in varied if field in words).replace("_", " ")
+        rows.setdefault(names, []).append(not episode["success_final"])
+    failing = [(names, sum(failed), len(failed)) for names, failed in rows.items() if names and any(failed)]
+    return sorted(failing, key=lambda row: (-row[1], row[0]))
+
+
 def summarize(episodes: list[dict]) -> dict[str, dict]:
     """{success_final, success_any and each subgoal: {k, n, rate, low, high}}, 95% Wilson intervals."""
     if not episodes:
@@ -432,6 +448,9 @@ def print_table(results: dict, folder: Path) -> None:
         )
     if protocol["protocol"] != "random" and results["score"]["success_final"] is not None:
         print(f"score, averaged as upstream does: {results['score']['success_final']:.3f}")
+    if failing := where_it_fails(results["episodes"]):
+        rows = [f"{names} {k} of {n}" for names, k, n in failing[:FAILING]]
+        print(f"fails at the last step from: {', '.join(rows)}" + (", and others" if len(failing) > FAILING else ""))
     for text in results["standins"]:
         print(f"stand-in: {text}")
     print(f"success: {protocol['success']}\nrule: {results['success_rule']}")

@@ -25,6 +25,7 @@ from experiments.eval_simpler import (
     run_episode,
     start_evaluating,
     typed,
+    where_it_fails,
 )
 from policies import judge
 from policies.chunking import ChunkedPolicy
@@ -201,6 +202,23 @@ def test_videos_show_every_step_and_the_outcome(folder):
     assert red[0] > red[1] + 60 and red[0] > red[2] + 60
     grey = frames[0][-3, 3].astype(int)
     assert np.ptp(grey) < 20
+
+
+def test_failures_are_counted_by_where_they_began(folder, inline, capsys):
+    begun = [("top", "a0", True), ("bottom", "a2", False), ("top", "a2", False), ("bottom", "a2", False)]
+    episodes = [
+        {"start": {"model": "apple", "drawer": d, "pose": p, "object_xy": [k, 0]}, "success_final": success}
+        for k, (d, p, success) in enumerate([*begun, ("bottom", "a2", True)])
+    ]
+    assert where_it_fails(episodes) == [("bottom a2", 2, 3), ("top a2", 1, 1)]
+    numbered = [{"start": {"episode_id": k % 2}, "success_final": k > 0} for k in range(4)]
+    assert where_it_fails(numbered) == [("episode id 0", 1, 2)]
+    assert where_it_fails(episodes[1:2]) == []  # one kind of start: nothing to tell apart
+    assert where_it_fails([]) == where_it_fails([{"success_final": False}]) == []  # as old records are
+    results = evaluate(config(task="open_top_drawer", policy="hold", first_seed=10000, episodes=20), start)
+    kinds = where_it_fails(results["episodes"])
+    assert len(kinds) == 7 and sum(k for _, k, _ in kinds) == 20
+    assert f"fails at the last step from: {kinds[0][0]} {kinds[0][1]} of {kinds[0][2]}, " in capsys.readouterr().out
 
 
 def test_episodes_say_where_they_begin(folder, inline, capsys):
